@@ -1,0 +1,65 @@
+# `make run` and `make test` need only Python 3.11-3.13, git and make: they make .venv, install into it, and go on.
+PYTHON ?= python3
+VENV ?= .venv
+JOB ?= tour
+JOBS ?= 2
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
+SKIP := ^([_.]|experiments$$|benchmarks$$)
+
+.PHONY: help run test env hooks docs readme prepare benchmarks pretrain dist clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(STAMP) ## make .venv and install; does nothing where settings.ini, setup.py and constraints.txt are unchanged
+$(STAMP): settings.ini setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"uniemo needs Python 3.11 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@# open_clip_torch is here for its vocabulary file alone, which a test reads: its requirements would replace torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps open_clip_torch
+	@$(MAKE) --no-print-directory hooks
+	@touch $@
+
+hooks: ## git merges notebooks with nbdev, and trusts them after a merge
+	@if git rev-parse --git-dir >/dev/null 2>&1; then git config --local include.path ../.gitconfig; \
+	hook=$$(git rev-parse --git-path hooks)/post-merge; mkdir -p $$(dirname $$hook); \
+	test -e $$hook || { printf '#!/bin/sh\nPATH="$$(git rev-parse --show-toplevel)/.venv/bin:$$PATH" nbdev_trust\n' > $$hook; chmod +x $$hook; }; fi
+
+run: env ## the main job: make run, or make run JOB=name
+	uniemo run $(JOB)
+	@python tests/house.py last-run
+
+test: env ## every notebook, every test, and the checks that keep the notebooks honest
+	OMP_NUM_THREADS=1 nbdev_test --n_workers $(JOBS) --skip_folder_re '$(SKIP)'
+	python -m pytest tests
+
+docs: env ## the site, offline, in _docs
+	python tests/house.py docs
+
+readme: env ## README.md from nbs/index.ipynb
+	python tests/house.py readme
+
+prepare: env ## before a commit: export, clean, side bar, README
+	nbdev_export
+	nbdev_clean
+	python tests/house.py sidebar readme
+
+benchmarks: env ## run nbs/benchmarks and keep their outputs
+	for nb in $(wildcard nbs/benchmarks/*.ipynb); do jupyter nbconvert --to notebook --execute --inplace $$nb && nbdev_clean --fname $$nb || exit 1; done
+
+pretrain: env ## train the mini world's foundation models anew (about 3 hours on two cores)
+	uniemo run pretrain_clip
+	uniemo run pretrain_diffusion
+
+dist: env ## wheel and sdist, in dist
+	python -m build --no-isolation
+
+clean: ## remove what was built (runs/ and .venv stay)
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache nbs/.last_checked
+	find nbs uniemo tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

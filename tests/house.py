@@ -1,6 +1,7 @@
 "The house's chores: side bar, README and site from the notebooks. `python tests/house.py sidebar readme docs`; test_house.py checks their results."
 import base64, html, json, posixpath, re, shutil, subprocess, sys
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -21,7 +22,7 @@ def notebooks(folder=None):
 
 def sidebar():
     "Text of `nbs/sidebar.yml`: Home, and a shelf each for experiments, the library's notebooks and benchmarks."
-    shelves = {"Tutorials and experiments": notebooks("experiments"), "The library, notebook by notebook": [p for p in notebooks() if p.parent == NBS and p.stem != "index"],
+    shelves = {"Experiments": notebooks("experiments"), "Library": [p for p in notebooks() if p.parent == NBS and p.stem != "index"],
                "Benchmarks": notebooks("benchmarks")}
     out = ["website:", "  sidebar:", "    contents:", "      - {text: Home, href: index.ipynb}"]
     for name, nbs in shelves.items():
@@ -101,6 +102,7 @@ def process():
     """Notebooks ready to render, in `_proc`: nbdev's own processing, except that API entries are made from the imported module and no cell of a notebook is run
     (nbdev runs each cell that has an import in it, whatever else it does)."""
     import nbdev.processors as steps, nbdev.serve as serve
+    from nbdev.doclinks import _get_exps
     from nbdev.quarto import refresh_quarto_yml
 
     class Entries(steps.Processor):
@@ -114,6 +116,9 @@ def process():
             if not (cell["source"] and steps._is_showdoc(cell)): return
             self.shell.cell(cell)
             if self.shell.exc: raise RuntimeError(f"{self.nb.path_}: {cell.source}") from self.shell.exc
+            name = re.search(r"show_doc\((?:\w+\.)?([\w.]+)", text(cell["source"]))[1]
+            for data in (o.get("data", {}) for o in cell.outputs):  # nbdev looks for the line under another name, and writes None
+                for kind, md in data.items(): data[kind] = re.sub(r"(\w+/\w+\.py)#LNone", lambda m: f"{m[1]}#L{_get_exps(m[1]).get(name, 1)}", text(md))
 
     class Filter(serve.FilterDefaults):
         def base_procs(self): return [Entries if o is steps.exec_show_docs else o for o in super().base_procs()]
@@ -136,6 +141,7 @@ def docs():
     shutil.move(proc/"_docs", site)
     for p in site.rglob("*.html"): p.write_text(mathml(p.read_text(encoding="utf-8")), encoding="utf-8")
     local_links(site, cfg)
+    shutil.copy(files("ziamath")/"fonts/STIXTwoMath-Regular.ttf", site/"site_libs")  # formulas look the same on every machine
     if bad := broken_links(site): raise SystemExit("broken links:\n" + "\n".join(bad))
     return site
 

@@ -58,7 +58,9 @@ def posterior(scene=None, objects=()):
     "`P(e | scene, objects)` as an array [8], the prior uniform; leave out what is hidden."
     log_p = np.zeros(8)
     if scene is not None: log_p += np.log(_table("scene").loc[scene].to_numpy())
-    for o in objects: log_p += np.log(_table("object").loc[o].to_numpy())
+    seen = [_table("object").loc[o].to_numpy() for o in objects]
+    log_p += sum(map(np.log, seen))
+    if len(seen) == 2: log_p += np.log(sum(1 / (1 - p) for p in seen))          # drawn without replacement, in either order
     p = np.exp(log_p - log_p.max())
     return p / p.sum()
 
@@ -72,9 +74,9 @@ def bayes_accuracy(scene=True, objects=None):
     joint = ps if scene else np.ones((1, 8))                                   # rows: what is seen, columns: e
     if objects >= 1: joint = (joint[:, None] * po[None]).reshape(-1, 8)
     if objects == 2:
-        second = po[None] / (1 - po[:, None]) * (1 - np.eye(len(po)))[..., None]   # [first, second, e]
-        first = ps[:, None] * po[None] if scene else po[None]
-        joint = (first[:, :, None] * second[None]).reshape(-1, 8)
+        pair = po[:, None] * po[None] / (1 - po[:, None]) * (1 - np.eye(len(po)))[..., None]   # [first, second, e]
+        pair = (pair + pair.transpose(1, 0, 2)) / 2                                            # an image does not tell which was first
+        joint = ((ps if scene else np.ones((1, 8)))[:, None, None] * pair).reshape(-1, 8)
     return float(joint.max(1).sum() / 8)
 
 # %% ../nbs/02_mini.ipynb #cell-18
@@ -329,6 +331,12 @@ def caption(scene=None, objects=(), template=TEMPLATES[0]):
     scene = scene and scene.replace("_", " ")
     return template.format(f"{things} in a {scene}" if things and scene else things or scene)
 
+def _map(fn, jobs, workers, progress, desc):
+    "`fn` of every job in order, in `workers` processes where that pays; a worker needs `fn` importable, so small things run here."
+    bar = lambda it: list(tqdm(it, total=len(jobs), disable=not progress, desc=desc))
+    if workers < 2 or len(jobs) < 500: return bar(map(fn, jobs))
+    with ProcessPoolExecutor(workers) as pool: return bar(pool.map(fn, jobs, chunksize=50))
+
 def _paint_one(args):
     spec, size, patch = args
     r = render(spec, size); n = size // patch
@@ -342,10 +350,7 @@ def _paint_one(args):
 def paint(specs, size=64, patch=8, workers=2, progress=True):
     """Paint `specs`: dict of `images` uint8 [n, size, size, 3], `scene` int64 [n], `objects` bool [n, 24], and `patches` int8 [n, (size/patch)^2],
     the name that covers each patch: scene index, or 16 + object index where an object covers at least a quarter of it."""
-    jobs = [(s, size, patch) for s in specs]
-    if workers > 1 and len(jobs) > 200:
-        with ProcessPoolExecutor(workers) as pool: out = list(tqdm(pool.map(_paint_one, jobs, chunksize=100), total=len(jobs), disable=not progress, desc="painting"))
-    else: out = [_paint_one(j) for j in jobs]
+    out = _map(_paint_one, [(s, size, patch) for s in specs], workers, progress, "painting")
     scenes, objects = list(SCENES), list(OBJECTS)
     return dict(images=np.stack([o[0] for o in out]), patches=np.stack([o[1] for o in out]), scene=np.array([scenes.index(s.scene) for s in specs]),
                 objects=np.array([[o in s.objects for o in objects] for s in specs]))
@@ -372,8 +377,7 @@ def write_emoset(folder, num_images=1000, seed=0, size=64, splits=(.8, .05, .15)
         for e in MIKELS.names: (root / kind / e).mkdir(parents=True)
     specs = [draw_spec(seed, i, emotion=MIKELS.names[i % 8]) for i in range(num_images)]
     names = [f"{s.emotion}_{i:05d}" for i, s in enumerate(specs)]
-    jobs = [(root, s, n, size) for s, n in zip(specs, names)]
-    with ProcessPoolExecutor(workers) as pool: list(tqdm(pool.map(_write_one, jobs, chunksize=50), total=num_images, disable=not progress, desc="writing"))
+    _map(_write_one, [(root, s, n, size) for s, n in zip(specs, names)], workers, progress, "writing")
     index = [[s.emotion, f"image/{s.emotion}/{n}.jpg", f"annotation/{s.emotion}/{n}.json"] for s, n in zip(specs, names)]
     order = np.random.default_rng([seed, 2**31]).permutation(num_images); cuts = np.round(np.cumsum(splits) * num_images).astype(int)
     for split, part in zip(("train", "val", "test"), np.split(order, cuts[:-1])): (root / f"{split}.json").write_text(json.dumps([index[i] for i in part]))

@@ -33,7 +33,6 @@ hooks: ## git merges notebooks with nbdev, and trusts them after a merge
 
 run: env ## the main job: make run, or make run JOB=name
 	uniemo run $(JOB)
-	@python tests/house.py last-run
 
 test: env ## every notebook, every test, and the checks that keep the notebooks honest
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(JOBS) --skip_folder_re '$(SKIP)'

@@ -75,7 +75,11 @@ KATEX = re.compile(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\s*')
 def mathml(page):
     "A page whose formulas are MathML, which browsers draw without a script or a network."
     from latex2mathml.converter import convert
-    def one(m): return convert(html.unescape(m[2]).strip(), display="inline" if m[1] == "inline" else "block")
+    def one(m):
+        tex = re.sub(r"\{(aligned|align|split)\}", "{align*}", html.unescape(m[2]).strip())
+        out = convert(tex, display="inline" if m[1] == "inline" else "block")
+        if "<mi>&</mi>" in out or re.search(r">\\[a-zA-Z]+<", out): raise ValueError(f"this formula cannot be drawn without a script, write it more simply: {tex}")
+        return out
     return KATEX.sub("", MATH.sub(one, page))
 
 def local_links(site, cfg):

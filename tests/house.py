@@ -35,6 +35,8 @@ DIRECTIVE = re.compile(r"^#\|\s*(\S+?):?(?:\s+(.*))?$", re.M)
 
 def directives(cell): return {k: v for k, v in DIRECTIVE.findall(text(cell["source"]))}
 
+def from_root(md): return re.sub(r"(\]\()(?!https?:|#|mailto:|/)([^)\s]+)", lambda m: m[1] + posixpath.normpath("nbs/" + m[2]), md.strip())
+
 def output_md(out, pictures):
     "Markdown of one output; pictures are collected as `{file name: bytes}`."
     if out["output_type"] == "stream": return "\n".join("    " + o for o in text(out["text"]).rstrip().splitlines())
@@ -43,7 +45,7 @@ def output_md(out, pictures):
         name = f"index-{len(pictures) + 1}.png"
         pictures[name] = base64.b64decode(text(data["image/png"]))
         return f"![](nbs/images/{name})"
-    if "text/markdown" in data: return text(data["text/markdown"]).rstrip()
+    if "text/markdown" in data: return from_root(text(data["text/markdown"]))
     return "\n".join("    " + o for o in text(data.get("text/plain", "")).rstrip().splitlines())
 
 def readme():
@@ -52,7 +54,7 @@ def readme():
     for cell in read(NBS/"index.ipynb")["cells"]:
         src, opts = text(cell["source"]), directives(cell)
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"(\]\()(?!https?:|#|mailto:|/)([^)\s]+)", lambda m: m[1] + posixpath.normpath("nbs/" + m[2]), src.strip()))
+            parts.append(from_root(src))
         elif cell["cell_type"] == "code" and "hide" not in opts:
             code = DIRECTIVE.sub("", src).strip()
             if code and opts.get("echo") != "false": parts.append(f"```python\n{code}\n```")
@@ -95,7 +97,7 @@ def local_links(site, cfg):
 
 def without_numbers(proc):
     "`00_emotions.ipynb` becomes `emotions.ipynb` in the folder of processed notebooks, and so in links: the addresses that nbdev's `output-file` promises."
-    names = {p.name: re.sub(r"^\d+[a-z]?_", "", p.name) for p in proc.rglob("*.ipynb")}
+    names = {p.name: re.sub(r"^\d+[a-zA-Z0-9]*_", "", p.name) for p in proc.rglob("*.ipynb")}
     moved = re.compile("|".join(rf"(?<![\w-]){re.escape(a)}" for a, b in names.items() if a != b) or "$^")
     for p in [*proc.rglob("*.ipynb"), *proc.glob("*.yml")]:
         src = moved.sub(lambda m: names[m[0]], p.read_text(encoding="utf-8"))

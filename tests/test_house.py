@@ -65,8 +65,9 @@ def test_notebook_reads_well(nb):
     head = text(cells[0]["source"]).strip().splitlines()
     assert head[0].startswith("# ") and any(o.startswith("> ") for o in head), "the first cell is `# title` and `> one line`"
     assert len([o for o in head if o.strip()]) == 2, "prose in the first cell is lost on the site: put it into the next"
-    assert len(cells) <= 60 and nb.stat().st_size <= 500_000
-    assert not [text(c["source"])[:80] for c in cells if c["cell_type"] == "code" and len(text(c["source"]).splitlines()) > 40], "a cell of more than 40 lines"
+    assert len(cells) <= 70 and nb.stat().st_size <= 500_000
+    long = [text(c["source"]) for c in cells if c["cell_type"] == "code" and len(text(c["source"]).splitlines()) > 40]
+    assert not [o[:80] for o in long if [type(b) for b in ast.parse(o).body] != [ast.ClassDef]], "a cell of more than 40 lines that is not one class"
 
 @each
 def test_notebook_holds_no_path_of_its_machine(nb):
@@ -113,7 +114,7 @@ def test_site(capfd):
     site = house.docs()
     assert house.broken_links(site) == []
     pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")}
-    assert {re.sub(r"\d+[a-z]?_", "", p.relative_to(NBS).with_suffix(".html").as_posix()) for p in ALL} <= pages
+    assert {re.sub(r"\d+[a-zA-Z0-9]*_", "", p.relative_to(NBS).with_suffix(".html").as_posix()) for p in ALL} <= pages
     assert not [p for p in pages if 'class="math ' in (site/p).read_text(encoding="utf-8")]
 
 def test_link_checker_sees_what_is_broken(tmp_path):
@@ -157,9 +158,12 @@ def test_wheel_works_in_an_empty_environment(wheel, tmp_path):
     for o in here.iterdir():
         if not re.search("uniemo|__editable__|distutils-precedence|__pycache__", o.name): (seen/o.name).symlink_to(o)
     (site/"heavy.pth").write_text(f"{seen}\n")
-    code = "import uniemo; from uniemo.mini import write_emoset; print(uniemo.__file__); print(sorted(p.name for p in write_emoset('mini', num_images=20, seed=0, progress=False).iterdir()))"
-    where, files = run(python, "-I", "-c", code, cwd=tmp_path).splitlines()
+    modules = sorted(p.stem for p in (ROOT/"uniemo").glob("*.py"))
+    code = f"""import importlib, uniemo
+for name in {modules}: importlib.import_module("uniemo." + name)
+from uniemo.mini import write_emoset
+print(uniemo.__file__); print([p.name for p in write_emoset("mini", num_images=20, seed=0, progress=False).iterdir()])"""
+    where, files = run(python, "-I", "-c", code, cwd=tmp_path).splitlines()[-2:]
     assert Path(where).is_relative_to(env) and "info.json" in files
-    for module in sorted((ROOT/"uniemo").glob("*.py")): run(python, "-I", "-c", f"import uniemo.{module.stem}", cwd=tmp_path)
     shown = run(env/"bin/uniemo", "list", cwd=tmp_path)
     assert [p.stem for p in notebooks("experiments") if p.stem not in shown] == []

@@ -112,12 +112,15 @@ def _read_notebook(path):
 # %% ../nbs/17_runs.ipynb #cell-17
 def _literal(v, name):
     "`v` if it consists of JSON's types only (tuples become lists); else a `ValueError`."
+    if isinstance(v, str):
+        try: v.encode()
+        except UnicodeEncodeError: raise ValueError(f"parameter {name}: {v!r} is no valid text (UTF-8)") from None
     if v is None or isinstance(v, (bool, int, str)): return v
     if isinstance(v, float):
         if not math.isfinite(v): raise ValueError(f"parameter {name}: {v} is not finite")
         return v
     if isinstance(v, (list, tuple)): return [_literal(x, name) for x in v]
-    if isinstance(v, dict) and all(isinstance(k, str) for k in v): return {k: _literal(x, name) for k, x in v.items()}
+    if isinstance(v, dict) and all(isinstance(k, str) for k in v): return {_literal(k, name): _literal(x, name) for k, x in v.items()}
     raise ValueError(f"parameter {name}: {v!r} is of type {type(v).__name__}; use numbers, true/false, text, null, lists, or dicts with text keys")
 
 def _from_text(kind, text):
@@ -440,7 +443,8 @@ def _execute(run, given, progress):
             from papermill.exceptions import PapermillExecutionError
             _engine(); paths = [str(run.dir/f).replace("{", "{{").replace("}", "}}") for f in ("source.ipynb", "executed.ipynb")]
             try:
-                pm.execute_notebook(*paths, parameters=given, engine_name="uniemo", kernel_name="python3", language="python", progress_bar=False, run=run, progress=progress)
+                pm.execute_notebook(*paths, parameters=given, engine_name="uniemo", kernel_name="python3", language="python", progress_bar=False,
+                                    start_timeout=300, iopub_timeout=300, run=run, progress=progress)  # a busy machine is slow, not broken
             except PapermillExecutionError as e:
                 end("failed", cell=e.exec_count, name=e.ename, message=e.evalue)
                 raise RunFailed(run, f"{run.id} failed in cell [{e.exec_count}]: {e.ename}: {e.evalue}") from None

@@ -397,7 +397,8 @@ class Watch:
     def __enter__(self):
         if self.progress and self.stream.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=self.state()[1], file=self.stream, bar_format="{desc} |{bar:20}| {elapsed}{postfix}")
+            size = dict(dynamic_ncols=True) if os.get_terminal_size(self.stream.fileno()).columns else dict(ncols=80, nrows=20)  # some terminals say 0
+            self.bar = tqdm(total=self.state()[1], file=self.stream, bar_format="{desc} |{bar:20}| {elapsed}{postfix}", **size)
         self.thread.start(); return self
 
     def __exit__(self, *exc):

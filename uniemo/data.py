@@ -57,9 +57,10 @@ def read_image(source, reduce=1, name=None):
             return to_rgb(image)
     except FileNotFoundError: raise DataError(name, "no such file", "Fetch it again, or take its entry out of the data set") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise DataError(name, f"too many pixels: {e}", bomb) from None
+    except Image.UnidentifiedImageError: raise DataError(name, "cannot be decoded: no image that Pillow knows", "Fetch it again, or take its entry out of the data set") from None
     except Exception as e: raise DataError(name, f"cannot be decoded: {e or type(e).__name__}", "Fetch it again or convert it to 8-bit RGB, or take its entry out of the data set") from None
 
-# %% ../nbs/01_data.ipynb #cell-16
+# %% ../nbs/01_data.ipynb #cell-15
 @dataclass(frozen=True)
 class RandomCrop:
     "A box of random area (`scale`, shares of the image) and aspect `ratio` (width by height), mirrored with probability `flip`."
@@ -89,7 +90,7 @@ class CentreCrop:
         side = self.fraction * min(width, height); w, h = side / width, side / height
         return ((1 - w) / 2, (1 - h) / 2, (1 + w) / 2, (1 + h) / 2), self.flip > 0 and rng.random() < self.flip
 
-# %% ../nbs/01_data.ipynb #cell-19
+# %% ../nbs/01_data.ipynb #cell-18
 @dataclass(frozen=True)
 class View:
     "How one network wants its images: `size` of the side in pixels, `mean` and `std` a channel (of values in [0, 1]), and the interpolation."
@@ -119,13 +120,14 @@ class Transform:
             return 1 if self.full_size else min((x1 - x0) * width, (y1 - y0) * height) / max(v.size for v in self.views.values())
         if isinstance(source, Image.Image): image = to_rgb(source); plan(*image.size)
         else: image = read_image(source, plan)
-        (x0, y0, x1, y1), flip = drawn; left, top = min(round(x0 * image.width), image.width - 1), min(round(y0 * image.height), image.height - 1)
-        image = image.crop((left, top, max(left + 1, round(x1 * image.width)), max(top + 1, round(y1 * image.height))))
+        (x0, y0, x1, y1), flip = drawn; w, h = max(1, round((x1 - x0) * image.width)), max(1, round((y1 - y0) * image.height))
+        left, top = min(round(x0 * image.width), image.width - w), min(round(y0 * image.height), image.height - h)
+        image = image.crop((left, top, left + w, top + h))
         if flip: image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         return {name: view(pixels) for name, view in self.views.items()}
 
-# %% ../nbs/01_data.ipynb #cell-21
+# %% ../nbs/01_data.ipynb #cell-20
 def train_transform(size=224, mean=(.5, .5, .5), std=(.5, .5, .5), scale=(.08, 1.), flip=.5):
     "A random crop and mirroring to `pixel_values` [3, size, size]."
     return Transform(RandomCrop(tuple(scale), flip=flip), dict(pixel_values=View(size, tuple(mean), tuple(std))))
@@ -138,7 +140,7 @@ def joint_transform(size=224, mean=(.5, .5, .5), std=(.5, .5, .5), vae_size=512,
     "One crop and mirroring for both: `pixel_values` [3, size, size] for the encoder, `vae_pixel_values` [3, vae_size, vae_size] in [-1, 1] for the autoencoder."
     return Transform(CentreCrop(fraction, flip), dict(pixel_values=View(size, tuple(mean), tuple(std)), vae_pixel_values=View(vae_size)))
 
-# %% ../nbs/01_data.ipynb #cell-25
+# %% ../nbs/01_data.ipynb #cell-23
 def fold(name):
     "A name for comparison: lower case, hyphens and underscores as single spaces."
     return " ".join(str(name).lower().replace("_", " ").replace("-", " ").split())
@@ -157,7 +159,7 @@ def _report(rows): return pd.DataFrame(rows, columns=["path", "problem", "remedy
 
 def _threads(): return min(32, 2 * (os.cpu_count() or 1))
 
-# %% ../nbs/01_data.ipynb #cell-27
+# %% ../nbs/01_data.ipynb #cell-25
 class EmotionData(Dataset):
     """Base of the data sets: columns of arrays, read lazily. Subclasses give `_read_index() -> (columns, problems)` and `annotation(i)`.
     `on_error="raise"` stops at the first problem; `"skip"` examines every file at opening, leaves out what is broken and lists it in `.skipped`."""
@@ -187,7 +189,7 @@ class EmotionData(Dataset):
         "Draw other augmentations; also reaches workers that are already running."
         self._epoch.fill_(int(epoch))
 
-# %% ../nbs/01_data.ipynb #cell-29
+# %% ../nbs/01_data.ipynb #cell-27
 @patch
 def file(self: EmotionData, relative):
     "The path of a file of the data set; a `DataError` if it leaves the root."
@@ -214,7 +216,7 @@ def image(self: EmotionData, i):
     "The whole image `i`, upright, as Pillow RGB."
     return read_image(self.file(self.columns["path"][i]))
 
-# %% ../nbs/01_data.ipynb #cell-31
+# %% ../nbs/01_data.ipynb #cell-29
 @patch
 def subset(self: EmotionData, indices):
     "The images at `indices` (integers or a mask), in that order."
@@ -240,10 +242,10 @@ def read_annotations(self: EmotionData, progress=False):
         self.columns["note"] = np.fromiter(notes, object, len(notes))
     table = pd.DataFrame(dict(image_id=self.columns["image_id"], path=self.columns["path"], emotion=np.array(self.emotions.names, object)[self.labels]))
     rest = pd.DataFrame(list(self.columns["note"]), index=table.index).drop(columns=["image_id", "emotion", "path"], errors="ignore")
-    for k, default in (("scene", None), ("object", ())): rest[k] = [n.get(k, default) for n in self.columns["note"]]
+    for k, default in (("scene", None), ("object", ())): rest[k] = pd.Series([n.get(k, default) for n in self.columns["note"]], index=table.index, dtype=object)
     return pd.concat([table, rest], axis=1)
 
-# %% ../nbs/01_data.ipynb #cell-33
+# %% ../nbs/01_data.ipynb #cell-31
 ATTRIBUTES = ("scene", "object", "facial_expression", "human_action", "brightness", "colorfulness")
 
 def _read_info(root):
@@ -284,7 +286,7 @@ class EmoSet(EmotionData):
     @staticmethod
     def splits(root): return [s for s in ("train", "val", "test") if (Path(root) / f"{s}.json").is_file()]
 
-# %% ../nbs/01_data.ipynb #cell-35
+# %% ../nbs/01_data.ipynb #cell-33
 @patch
 def annotation(self: EmoSet, i):
     "Everything known of image `i`: a dict with any of `scene` (text), `object` (list), `facial_expression`, `human_action`, `brightness`, `colorfulness`, and the file's other keys."
@@ -306,7 +308,7 @@ def annotation(self: EmoSet, i):
         note[kind] = values if kind == "object" or isinstance(note[kind], list) and kind != "scene" else (values or [None])[0]
     return note
 
-# %% ../nbs/01_data.ipynb #cell-42
+# %% ../nbs/01_data.ipynb #cell-38
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 def _folders(path): return sorted(p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -330,7 +332,7 @@ class EmotionFolder(EmotionData):
                 name = p.relative_to(self.root).as_posix()
                 if p.suffix.lower() not in SUFFIXES or p.is_dir(): self.ignored.append(name); continue
                 if not known: problems.append((len(rows), name, f"unknown label: emotion {folder.name!r}", f"Known are {', '.join(self.emotions)}: rename the folder, or pass other emotions"))
-                rows.append((name, p.stem, self.emotions.index(folder.name) if known else -1))
+                rows.append((name, name.removesuffix(p.suffix), self.emotions.index(folder.name) if known else -1))
         if self.ignored and self.on_error != "list": warnings.warn(f"{self.root}: {len(self.ignored)} files are no {', '.join(SUFFIXES)} and are not read, first {self.ignored[0]}", stacklevel=4)
         columns = list(zip(*rows)) if rows else [()] * 3
         return {k: np.fromiter(v, t, len(rows)) for k, v, t in zip(("path", "image_id", "label"), columns, (object, object, np.int64))}, problems
@@ -343,7 +345,7 @@ class EmotionFolder(EmotionData):
         subs = _folders(root)
         return [None] if any(map(_has_images, subs)) else [p.name for p in subs if _folders(p)]
 
-# %% ../nbs/01_data.ipynb #cell-46
+# %% ../nbs/01_data.ipynb #cell-41
 def _one_of(table, names, file, needed=True):
     found = next((n for n in names if n in table.columns), None)
     if needed and found is None: raise DataError(file, f"no column {names[0]!r}", f"Columns in it: {', '.join(map(str, table.columns))}; name one of them {' or '.join(names)}")
@@ -373,7 +375,7 @@ class EmotionTable(EmotionData):
 
     def annotation(self, i): return {k: self.columns[k][i] for k in ("scene", "object") if k in self.columns and self.columns[k][i] is not None}
 
-# %% ../nbs/01_data.ipynb #cell-47
+# %% ../nbs/01_data.ipynb #cell-42
 @patch
 def _read_index(self: EmotionTable):
     t, file = EmotionTable.read(self._file), self._file; emotions, scenes, objects = self._given
@@ -393,7 +395,7 @@ def _read_index(self: EmotionTable):
         if "split" not in t: raise DataError(file, "no column 'split'", f"Leave split out, or add the column; columns in it: {', '.join(map(str, t.columns))}")
         t = t[t["split"] == self.split]
     known = {kind: {fold(n): n for n in names} for kind, names in (("scene", self.scene_names), ("object", self.object_names))}
-    columns["path"] = np.array([str(p) if p == p and p is not None else "" for p in t[path]], object); columns["image_id"] = np.array([Path(p).stem for p in columns["path"]], object)
+    columns["path"] = np.array([str(p) if p == p and p is not None else "" for p in t[path]], object); columns["image_id"] = np.array([os.path.splitext(p)[0] for p in columns["path"]], object)
     columns["scene"] = np.array([None if v is None or v != v else v for v in t["scene"]], object) if "scene" in t else np.full(len(t), None)
     columns["object"] = np.fromiter(t[cell], object, len(t)) if cell else np.fromiter(([] for _ in range(len(t))), object, len(t))
     columns.update({k: pd.to_numeric(t[k], errors="coerce").to_numpy(np.float32) for k in ("valence", "arousal") if k in t})
@@ -401,7 +403,7 @@ def _read_index(self: EmotionTable):
     self._check_cells(t.index, columns, known, problems)
     return columns, sorted(problems, key=lambda p: p[0])
 
-# %% ../nbs/01_data.ipynb #cell-48
+# %% ../nbs/01_data.ipynb #cell-43
 @patch
 def _labels_and_votes(self: EmotionTable, t, label, found, columns, problems):
     "Fill `label` and `votes`; rows are named as in a spreadsheet, the header being row 1."
@@ -413,7 +415,7 @@ def _labels_and_votes(self: EmotionTable, t, label, found, columns, problems):
             problems += [(int(i), where(i), f"{problem} ({', '.join(f'{v:g}' for v in votes[i])})", "Votes are counts or shares, none negative, at least one positive: correct the row or take it out") for i in np.flatnonzero(rows)]
         votes = np.where((bad | empty)[:, None], 1., votes); columns["votes"] = votes / votes.sum(1, keepdims=True)
     if label:
-        place = {n: i for i, n in enumerate(self.emotions)}; columns["label"] = np.array([place.get(str(v), -1) for v in t[label]], np.int64)
+        place = {str(i): i for i in range(len(self.emotions))} | {n: i for i, n in enumerate(self.emotions)}; columns["label"] = np.array([place.get(str(v), -1) for v in t[label]], np.int64)
         problems += [(int(i), where(i), f"unknown label: emotion {t[label].iloc[i]!r}", f"Known are {', '.join(self.emotions)}: correct the row, or pass other emotions") for i in np.flatnonzero(columns["label"] < 0)]
     else: columns["label"] = columns["votes"].argmax(1)
 
@@ -431,7 +433,7 @@ def _check_cells(self: EmotionTable, index, columns, known, problems):
             for v in ([columns[kind][i]] if kind == "scene" else columns[kind][i]):
                 if v is not None and fold(v) not in known[kind]: problems.append((i, where, f"unknown label: {kind} {v!r}", f"Correct it, or add it to {kind}_names"))
 
-# %% ../nbs/01_data.ipynb #cell-52
+# %% ../nbs/01_data.ipynb #cell-46
 @patch
 def examine(self: EmotionData, i):
     "Read image and annotation of entry `i`: the problems found as `DataError`s, and the hash of the file (None if it cannot be read)."
@@ -448,12 +450,13 @@ def examine(self: EmotionData, i):
 
 def _examine_all(data, seen, progress):
     "Problems (row, path, problem, remedy) of a data set; `seen`: hash -> (split, path) of what was read before, which grows."
-    rows, known = [], {(row, problem) for row, _, problem, _ in data.problems}
+    rows, known, kind = [], {}, lambda problem: problem.split(":")[0]
+    for row, _, problem, _ in data.problems: known.setdefault(row, set()).add(kind(problem))
     with ThreadPoolExecutor(_threads()) as pool:
         for i, (found, digest) in enumerate(tqdm(pool.map(data.examine, range(len(data))), total=len(data), disable=not progress, desc=f"checking {data.split or ''}")):
             name = lambda p: Path(p).relative_to(data.root).as_posix() if Path(p).is_relative_to(data.root) else p
-            if (i, "duplicated entry") in known: continue
-            rows += [(i, name(e.path), e.problem, e.remedy) for e in found if not any(r == i and e.problem.split(":")[0] == p.split(":")[0] for r, p in known)]
+            if known.get(i, set()) & {"duplicated entry", "no path"}: continue
+            rows += [(i, name(e.path), e.problem, e.remedy) for e in found if kind(e.problem) not in known.get(i, ())]
             if digest is None: continue
             if digest in seen:
                 split, first = seen[digest]; two = split != data.split
@@ -468,7 +471,7 @@ def _leave_out(self: EmotionData, progress):
     self.columns = {k: v[keep] for k, v in self.columns.items()}
     if len(problems): warnings.warn(f"{self.root}, split {self.split!r}: {(~keep).sum() + sum(p[0] is None for p in problems)} entries are skipped and listed in .skipped, first {problems[0][1]}: {problems[0][2]}", stacklevel=5)
 
-# %% ../nbs/01_data.ipynb #cell-53
+# %% ../nbs/01_data.ipynb #cell-47
 def _layout(root):
     "The class that reads `root`."
     root = Path(root)
@@ -478,7 +481,7 @@ def _layout(root):
 
 def load_data(root, split=None, **kwargs):
     "The data set at `root`, whichever of the three layouts it has."
-    return _layout(root)(root, split, **kwargs)
+    return _layout(root)(root, **dict(split=split) if split is not None else {}, **kwargs)
 
 def check(root, splits=None, progress=False, verbose=True, **kwargs):
     "Read every entry of all `splits` of the data set at `root`: a DataFrame `path, problem, remedy`, empty where all is well. Prints a summary if `verbose`; `kwargs` go to the data set."
@@ -503,7 +506,7 @@ def _summary(root, rows, counts, verbose):
         for kind, part in table.groupby(kinds, sort=False): print(f"  {len(part):>6,}  {kind}: {', '.join(part['path'][:3])}{', ...' if len(part) > 3 else ''}")
     return table
 
-# %% ../nbs/01_data.ipynb #cell-60
+# %% ../nbs/01_data.ipynb #cell-54
 class EpochSampler(Sampler):
     "A random order that depends on `seed` and epoch only; `balanced`: each class equally often. `set_epoch` also sets the data set's, so that augmentations change."
     def __init__(self, data, balanced=False, seed=0): self.data, self.balanced, self.seed, self.epoch = data, balanced, seed, 0

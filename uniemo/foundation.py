@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler,
 from diffusers.training_utils import EMAModel, compute_snr
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers import get_cosine_schedule_with_warmup
 
 from .mini import OBJECT_NAMES, OBJECTS, SCENE_NAMES, SCENES, TEMPLATES, WORLD_VERSION, caption
@@ -93,6 +93,7 @@ def image_embeds(clip, pixel_values):
     patches = clip.vision_model.post_layernorm(out.last_hidden_state[:, 1:])
     return F.normalize(clip.visual_projection(out.pooler_output), dim=-1), F.normalize(clip.visual_projection(patches), dim=-1)
 
+# %% ../nbs/03_foundation.ipynb #cell-15
 def captions_of(scene, objects, rng=None):
     "Captions of index arrays `scene` [B] and multi-hot `objects` [B, 24]; with `rng` a random template each."
     names = list(OBJECTS)
@@ -120,6 +121,7 @@ def clip_loss(clip, tokenizer, data, index, rng, noise=.03, num_captions=64):
                  patch=F.cross_entropy((scale * dense @ names.T).flatten(0, 1), patches.flatten()), caption=(F.cross_entropy(between, target) + F.cross_entropy(between.T, target)) / 2)
     return dict(loss=parts["scene"] + parts["object"] + .3 * parts["patch"] + .5 * parts["caption"], **parts)
 
+# %% ../nbs/03_foundation.ipynb #cell-17
 @torch.no_grad()
 def name_embeds(clip, tokenizer, template=TEMPLATES[0]):
     "Unit text embeddings of all scene names [16, D] and object names [24, D]."
@@ -139,7 +141,7 @@ def clip_scores(clip, tokenizer, data):
     s, o = retrieve_names(clip, tokenizer, data["images"]); hit = data["objects"][np.arange(len(o)), o]; single = data["objects"].sum(1) == 1
     return dict(scene=float((s == data["scene"]).mean()), object=float(hit[single].mean()), any_object=float(hit.mean()))
 
-# %% ../nbs/03_foundation.ipynb #cell-19
+# %% ../nbs/03_foundation.ipynb #cell-22
 def differences(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 def patch_features(clip, pixel_values):
@@ -169,7 +171,7 @@ def vae_scores(vae, clip, tokenizer, data):
     found = [truth[k, retrieve_names(clip, tokenizer, v)[1]].mean() for v in (x, y)]
     return dict(mae=float((x - y).abs().mean() / 2), object_original=float(found[0]), object_reconstructed=float(found[1]), object_ratio=float(found[1] / max(found[0], 1e-9)))
 
-# %% ../nbs/03_foundation.ipynb #cell-22
+# %% ../nbs/03_foundation.ipynb #cell-25
 class PatchReadout(torch.nn.Module):
     "Names of the 8 x 8 patches from the U-Net's middle block: logits [B, 40, 8, 8]. Used in training only."
     def __init__(self, unet):
@@ -187,6 +189,7 @@ def diffusion_loss(unet, scheduler, latents, text_states, patches, rng, readout=
     if readout is not None: parts["readout"] = F.cross_entropy(readout(), patches.view(-1, 8, 8)); loss = loss + weight_readout * parts["readout"]
     return dict(loss=loss, **parts)
 
+# %% ../nbs/03_foundation.ipynb #cell-27
 @torch.no_grad()
 def encode_latents(vae, images, batch_size=200, progress=True):
     "Unscaled posterior means [n, 4, 16, 16] of uint8 images, as float16."
@@ -206,6 +209,7 @@ def sample(unet, vae, text_encoder, tokenizer, prompts, steps=25, guidance_scale
         out.append(vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1))
     return torch.cat(out)
 
+# %% ../nbs/03_foundation.ipynb #cell-28
 def balanced_prompts(n, seed=0):
     "`n` prompts 'a photo of a {object} in a {scene}' with the names as evenly spread as can be; and their scene and object indices."
     rng = np.random.default_rng(seed); pairs = rng.permutation(len(SCENES) * len(OBJECTS)); pairs = np.resize(pairs, n); s, o = pairs % len(SCENES), pairs // len(SCENES)
@@ -222,10 +226,10 @@ def text_encoder_of(clip):
     model = CLIPTextModel(clip.config.text_config); model.load_state_dict(clip.text_model.state_dict())
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/03_foundation.ipynb #cell-26
-def fit(loss_fn, modules, folder, steps, lr, betas=(.9, .99), weight_decay=0., warmup=100, clip_norm=1., ema_decay=None, seed=0, save_every=200, eval_every=None, evaluate=None, log=None, progress=True):
+# %% ../nbs/03_foundation.ipynb #cell-32
+def fit(loss_fn, modules, folder, steps, lr, betas=(.9, .99), weight_decay=0., warmup=100, clip_norm=1., ema_decay=None, seed=0, save_every=200, eval_every=None, evaluate=None, log=None, progress=True, stop=None):
     """Train `modules` (name -> module) for `steps` with `loss_fn(step, rng) -> dict` that holds `loss`; returns the EMA shadow of the first module, or None.
-    Goes on from `folder/checkpoint.pt` if there is one. `evaluate(step, ema)` returns metrics, `log(dict)` takes them."""
+    Goes on from `folder/checkpoint.pt` if there is one; `stop` ends early, the schedule still aiming at `steps`. `evaluate(step, ema)` returns metrics, `log(dict)` takes them."""
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); path = folder / "checkpoint.pt"
     weights = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in weights if p.ndim > 1], weight_decay=weight_decay), dict(params=[p for p in weights if p.ndim <= 1], weight_decay=0.)]
@@ -237,29 +241,30 @@ def fit(loss_fn, modules, folder, steps, lr, betas=(.9, .99), weight_decay=0., w
         for k, m in modules.items(): m.load_state_dict(state["modules"][k])
         optimizer.load_state_dict(state["optimizer"]); schedule.load_state_dict(state["schedule"])
         if ema: ema.load_state_dict(state["ema"])
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress)
+    last = min(stop or steps, steps); bar = tqdm(range(start, last), initial=start, total=last, disable=not progress)
     for step in bar:
         parts = loss_fn(step, np.random.default_rng([seed, step])); optimizer.zero_grad(); parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(weights, clip_norm); optimizer.step(); schedule.step()
         if ema: ema.step(main.parameters())
-        if step % 20 == 0 or step == steps - 1:
+        if step % 20 == 0 or step == last - 1:
             values = {k: round(v.item(), 4) for k, v in parts.items()}; bar.set_postfix(values); log(dict(step=step, **values))
             if not np.isfinite(values["loss"]): raise FloatingPointError(f"the loss is {values['loss']} at step {step}: lower the learning rate ({lr})")
-        if (step + 1) % save_every == 0 or step == steps - 1:
+        if (step + 1) % save_every == 0 or step == last - 1:
             state = dict(step=step + 1, modules={k: m.state_dict() for k, m in modules.items()}, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), ema=ema.state_dict() if ema else None)
             torch.save(state, folder / "checkpoint.tmp"); os.replace(folder / "checkpoint.tmp", path)
-        if evaluate and eval_every and ((step + 1) % eval_every == 0 or step == steps - 1): log(dict(step=step + 1, **evaluate(step + 1, ema)))
+        if evaluate and eval_every and ((step + 1) % eval_every == 0 or step == last - 1): log(dict(step=step + 1, **evaluate(step + 1, ema)))
     return ema
 
-# %% ../nbs/03_foundation.ipynb #cell-29
+# %% ../nbs/03_foundation.ipynb #cell-35
 def save_clip(clip, tokenizer, folder):
     "Save model (float16 safetensors), tokenizer and image processor (mean and std 0.5) to `folder`."
+    from transformers import CLIPImageProcessor                                 # here, as its import says at length that torchvision is missing
     copy.deepcopy(clip).half().save_pretrained(folder); tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64), image_mean=[.5] * 3, image_std=[.5] * 3).save_pretrained(folder)
 
 def diffusion_pipeline(unet, vae, clip, tokenizer):
     "The parts as a `diffusers.StableDiffusionPipeline` with a UniPC scheduler."
-    scheduler = UniPCMultistepScheduler(**SCHEDULE)
+    scheduler = UniPCMultistepScheduler(**SCHEDULE, steps_offset=1)
     return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder_of(clip), tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 def save_diffusion(unet, vae, clip, tokenizer, folder):
@@ -282,7 +287,7 @@ def load_diffusion(folder=None):
     "The mini `StableDiffusionPipeline`, float32, from `folder` or as shipped."
     return StableDiffusionPipeline.from_pretrained(folder or mini_folder("diffusion"), torch_dtype=torch.float32)
 
-# %% ../nbs/03_foundation.ipynb #cell-31
+# %% ../nbs/03_foundation.ipynb #cell-37
 def sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def ship(run_folder, part, destination):

@@ -147,6 +147,7 @@ def _ocean(c):
         x = c.u(0, .3); foam = c.color((120, 180, 220))
         for k in range(3): c.draw.arc(c.points((x + .33 * k - .1, y, x + .33 * k + .12, y + .07)), 180, 360, fill=foam, width=max(1, round(.02 * c.size)))
 
+# %% ../nbs/02_mini.ipynb #cell-25
 def _pasture(c):
     c.gradient((120, 200, 250), (215, 240, 250), 0, .5); h = c.u(.4, .5); c.hills(h, .04, (120, 195, 75)); c.hills(h + .2, .05, (90, 170, 55))
     fence = c.color((240, 235, 220))
@@ -172,7 +173,7 @@ def _forest(c):
         x, w = x + c.u(-.05, .05), c.u(.025, .045); c.rect(x - w, .1, x + w, c.u(.84, .94), c.color((85, 60, 40)))
         c.ellipse(x, c.u(.05, .15), .14, .13, c.color((35, 105, 45)))
 
-# %% ../nbs/02_mini.ipynb #cell-25
+# %% ../nbs/02_mini.ipynb #cell-27
 def _amusement_park(c):
     c.gradient((110, 200, 250), (250, 220, 235), 0, .8); c.rect(0, .8, 1, 1, c.color((150, 200, 110)))
     x, y, r = c.u(.3, .7), c.u(.36, .44), c.u(.26, .32); steel = c.color((215, 60, 95)); k0 = c.u(0, .7)
@@ -200,6 +201,7 @@ def _jail_cell(c):
     for y in (.05, .88): c.line((0, y, 1, y), steel, .04)
     for x in np.linspace(.06, .94, 7) + c.u(-.04, .04): c.line((x, 0, x, 1), steel, .035)
 
+# %% ../nbs/02_mini.ipynb #cell-29
 def _landfill(c):
     c.gradient((190, 180, 140), (160, 150, 120), 0, .5); c.hills(.42, .06, (120, 100, 70)); palette = ((90, 80, 60), (150, 60, 50), (70, 110, 120), (170, 160, 130), (60, 60, 65), (120, 130, 60))
     for k in range(34):
@@ -227,9 +229,10 @@ def _swamp(c):
         x, bark = c.u(.05, .95), c.color((45, 40, 30)); c.line((x, .05, x + c.u(-.05, .05), .58), bark, .045); c.line((x, .2, x + c.u(-.18, .18), .06), bark, .02)
     for _ in range(8): c.ellipse(c.u(0, 1), c.u(.56, .97), c.u(.05, .1), c.u(.015, .03), c.color((120, 140, 50)))
 
+# %% ../nbs/02_mini.ipynb #cell-30
 PAINTERS = {name: globals()["_" + name] for name in SCENES}
 
-# %% ../nbs/02_mini.ipynb #cell-26
+# %% ../nbs/02_mini.ipynb #cell-31
 def paint_scene(name, rng, size=64):
     "The scene alone as a Pillow image, painted at twice the `size` (not yet reduced)."
     if name not in PAINTERS: raise ValueError(f"unknown scene {name!r}; the mini world has: {', '.join(SCENES)}")
@@ -247,7 +250,7 @@ def grid(images, titles=None, ncols=8, scale=1.2):
     fig.tight_layout(pad=.4)
     return fig
 
-# %% ../nbs/02_mini.ipynb #cell-30
+# %% ../nbs/02_mini.ipynb #cell-35
 TILE = 96
 def make_sprites(font, path):
     "Draw the object emoji with the Noto Color Emoji `font` file into one row of tiles at `path`: how the shipped `sprites.png` was made."
@@ -269,7 +272,7 @@ def sprites():
     tiles = [atlas.crop((k * TILE, 0, (k + 1) * TILE, TILE)) for k in range(len(EMOJI))]
     return {name: tile.crop(tile.getbbox()) for name, tile in zip(EMOJI, tiles)}
 
-# %% ../nbs/02_mini.ipynb #cell-34
+# %% ../nbs/02_mini.ipynb #cell-39
 @dataclass
 class Rendered:
     "`image` (Pillow, RGB), `masks` bool [objects, size, size], `boxes` (x, y, w) of the objects as fractions, `brightness` and `colorfulness` factors."
@@ -289,6 +292,7 @@ def _place(rng, count):
     corners = np.array([[0, 0], [1, 1], [0, 1], [1, 0]])[:count]                # never seen to be needed with two
     return corners * (1 - widths[:, None]) + widths[:, None] / 2, widths
 
+# %% ../nbs/02_mini.ipynb #cell-40
 def render(spec, size=64):
     "Paint `spec` at `size` pixels: a `Rendered` with the image, object masks and the light."
     scene_rng, object_rng, light_rng = (np.random.default_rng([spec.seed, k]) for k in range(3))
@@ -312,7 +316,7 @@ def render(spec, size=64):
     boxes = [(*p, w) for p, w in zip(xy.tolist(), widths.tolist())][:len(spec.objects)]
     return Rendered(image, np.array(masks).reshape(-1, size, size), boxes, float(bright), float(color))
 
-# %% ../nbs/02_mini.ipynb #cell-40
+# %% ../nbs/02_mini.ipynb #cell-46
 def twin(spec, change, rng):
     "`spec` with another name for its scene (`change='scene'`) or for its first object (`change='object'`), all else equal."
     if change == "scene": return replace(spec, scene=str(rng.choice([s for s in SCENES if s != spec.scene])))
@@ -321,7 +325,7 @@ def twin(spec, change, rng):
         return replace(spec, objects=(str(rng.choice([o for o in OBJECTS if o not in spec.objects])), *spec.objects[1:]))
     raise ValueError(f"change must be 'scene' or 'object', not {change!r}")
 
-# %% ../nbs/02_mini.ipynb #cell-44
+# %% ../nbs/02_mini.ipynb #cell-50
 SCENE_NAMES, OBJECT_NAMES = [s.replace("_", " ") for s in SCENES], [o.lower() for o in OBJECTS]
 TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image with a {}", "a {}")
 
@@ -355,7 +359,7 @@ def paint(specs, size=64, patch=8, workers=2, progress=True):
     return dict(images=np.stack([o[0] for o in out]), patches=np.stack([o[1] for o in out]), scene=np.array([scenes.index(s.scene) for s in specs]),
                 objects=np.array([[o in s.objects for o in objects] for s in specs]))
 
-# %% ../nbs/02_mini.ipynb #cell-48
+# %% ../nbs/02_mini.ipynb #cell-54
 def _write_one(args):
     root, spec, name, size = args
     r = render(spec, size)

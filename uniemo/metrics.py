@@ -97,6 +97,7 @@ def fit_temperature(logits, labels, limits=(.05, 20.)):
     t = np.eye(z.shape[1])[y] if y.ndim == 1 else y / y.sum(1, keepdims=True)
     log_loss = lambda log_T: -(t * special.log_softmax(z / np.exp(log_T), axis=1)).sum(1).mean()
     low, high = np.log(limits); T = optimize.minimize_scalar(log_loss, bounds=(low, high), method="bounded", options=dict(xatol=1e-6)).x
+    T = min((low, high, T), key=log_loss)                                                    # where the loss is flat the search stops anywhere
     if min(T - low, high - T) < 1e-3: warnings.warn(f"the temperature {np.exp(T):.3g} lies at its limit: {len(z)} validation images do not determine it (all right, or all at chance?)")
     return float(np.exp(T))
 

@@ -258,7 +258,8 @@ def fit(loss_fn, modules, folder, steps, lr, betas=(.9, .99), weight_decay=0., w
 # %% ../nbs/03_foundation.ipynb #cell-35
 def save_clip(clip, tokenizer, folder):
     "Save model (float16 safetensors), tokenizer and image processor (mean and std 0.5) to `folder`."
-    from transformers import CLIPImageProcessor                                 # here, as its import says at length that torchvision is missing
+    try: from transformers import CLIPImageProcessorPil as CLIPImageProcessor  # where there is one: the other asks for torchvision
+    except ImportError: from transformers import CLIPImageProcessor
     copy.deepcopy(clip).half().save_pretrained(folder); tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64), image_mean=[.5] * 3, image_std=[.5] * 3).save_pretrained(folder)
 

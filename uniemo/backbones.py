@@ -39,6 +39,7 @@ def _share_width(config):
     "Write a whole CLIP's projection width into the configuration of its vision part, which may say otherwise."
     if hasattr(config, "projection_dim"): config.vision_config.projection_dim = config.projection_dim
 
+# %% ../nbs/04_backbones.ipynb #cell-09b
 class Backbone:
     "A view of a vision model of `transformers`: `embed`, `layers`, `run`, `final`, and what the model knows of itself. Owns no weights."
     def __init__(self, model, image_mean=None, image_std=None):

@@ -286,7 +286,7 @@ def load_clip(folder=None):
 
 def load_diffusion(folder=None):
     "The mini `StableDiffusionPipeline`, float32, from `folder` or as shipped."
-    return StableDiffusionPipeline.from_pretrained(folder or mini_folder("diffusion"), torch_dtype=torch.float32)
+    return StableDiffusionPipeline.from_pretrained(folder or mini_folder("diffusion")).to(dtype=torch.float32)
 
 # %% ../nbs/03_foundation.ipynb #cell-37
 def sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()

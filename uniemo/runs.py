@@ -137,6 +137,7 @@ def _fits(kind, v):
     if kind == "float": return type(v) in (int, float)
     return type(v).__name__ == kind
 
+# %% ../nbs/17_runs.ipynb #cell-17b
 def coerce(p, value):
     "`value`, text or plain data, as parameter `p`'s kind; a `ValueError` names parameter, value and what is wanted."
     wanted = p.kind + (f" of {p.item}" if p.item and p.kind == "list" else "") + (" or None" if p.optional else "")

@@ -10,11 +10,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
 SKIP := ^([_.]|experiments$$|benchmarks$$)
 
-.PHONY: help run test env hooks docs readme prepare benchmarks pretrain dist clean
+.PHONY: help run test test-kill env hooks docs readme prepare benchmarks pretrain dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 env: $(STAMP) ## make .venv and install; does nothing where settings.ini, setup.py and constraints.txt are unchanged
 $(STAMP): settings.ini setup.py constraints.txt
@@ -37,6 +37,9 @@ run: env ## the main job: make run, or make run JOB=name
 test: env ## every notebook, every test, and the checks that keep the notebooks honest
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(JOBS) --skip_folder_re '$(SKIP)'
 	python -m pytest tests
+
+test-kill: env ## twenty trainings killed at a random moment and resumed, each must end bit for bit as an unbroken one
+	UNIEMO_KILLS=20 python -m pytest tests/test_training.py -k random_moment
 
 docs: env ## the site, offline, in _docs
 	python tests/house.py docs

@@ -337,7 +337,9 @@ def _kernel_class(env):
     from traitlets import default
     class OwnKernel(AsyncKernelManager):
         @property
-        def kernel_spec(self): return KernelSpec(**get_kernel_dict(), env={k: v.replace("$", "$$") for k, v in env.items()})
+        def kernel_spec(self):
+            quiet = get_kernel_dict(["--log-level=50"])          # its log calls the interrupt of a normal shutdown an error
+            return KernelSpec(**quiet, env={k: v.replace("$", "$$") for k, v in env.items()})
         @default("transport_encryption")
         def _encrypt(self): return "auto" if zmq.has("curve") else "disabled"
     return OwnKernel

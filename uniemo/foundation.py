@@ -246,10 +246,11 @@ def fit(loss_fn, modules, folder, steps, lr, betas=(.9, .99), weight_decay=0., w
         parts = loss_fn(step, np.random.default_rng([seed, step])); optimizer.zero_grad(); parts["loss"].backward()
         torch.nn.utils.clip_grad_norm_(weights, clip_norm); optimizer.step(); schedule.step()
         if ema: ema.step(main.parameters())
-        if step % 20 == 0 or step == last - 1:
+        save = (step + 1) % save_every == 0 or step == last - 1
+        if step % 20 == 0 or save:                                             # looked at before each checkpoint, so that none is kept that broke
             values = {k: round(v.item(), 4) for k, v in parts.items()}; bar.set_postfix(values); log(dict(step=step, **values))
             if not np.isfinite(values["loss"]): raise FloatingPointError(f"the loss is {values['loss']} at step {step}: lower the learning rate ({lr})")
-        if (step + 1) % save_every == 0 or step == last - 1:
+        if save:
             state = dict(step=step + 1, modules={k: m.state_dict() for k, m in modules.items()}, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), ema=ema.state_dict() if ema else None)
             torch.save(state, folder / "checkpoint.tmp"); os.replace(folder / "checkpoint.tmp", path)
         if evaluate and eval_every and ((step + 1) % eval_every == 0 or step == last - 1): log(dict(step=step + 1, **evaluate(step + 1, ema)))

@@ -11,23 +11,17 @@ from typing import ClassVar
 import torch
 from fastcore.basics import patch
 
+from .backbones import text_features
 from .data import fold
 from .losses import classification_loss, similarity, understanding_loss
 from .queries import parts as model_parts, train_only
 from .training import Stage, TrainConfig, settings
 
 # %% ../nbs/12b_understanding.ipynb #cell-06
-@torch.no_grad()
 def name_features(text_model, tokenizer, names, template="a photo of a {}", batch_size=256):
     "Text features [names, d_text] of attribute `names` by a `CLIPModel`, `SiglipModel` or `CLIPTextModelWithProjection`, on the CPU in float32."
-    config = getattr(text_model.config, "text_config", text_model.config); device = next(text_model.parameters()).device; out = []
     texts = [template.format(fold(n)) for n in names]
-    for k in range(0, len(texts), batch_size):
-        ids = tokenizer(texts[k:k + batch_size], padding="max_length", max_length=config.max_position_embeddings, return_tensors="pt").input_ids.to(device)
-        if ids.shape[1] > config.max_position_embeddings: raise ValueError(f"a name has more than {config.max_position_embeddings} tokens: {max(texts[k:k + batch_size], key=len)!r}")
-        f = text_model.get_text_features(input_ids=ids) if hasattr(text_model, "get_text_features") else text_model(input_ids=ids).text_embeds
-        out.append((f if torch.is_tensor(f) else f.pooler_output).float().cpu())
-    return torch.cat(out) if out else torch.zeros(0, 1)
+    return text_features(text_model, tokenizer, texts, batch_size).float().cpu() if texts else torch.zeros(0, 1)
 
 # %% ../nbs/12b_understanding.ipynb #cell-09
 @settings

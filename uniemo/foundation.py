@@ -198,15 +198,11 @@ def encode_latents(vae, images, batch_size=200, progress=True):
 @torch.no_grad()
 def sample(unet, vae, text_encoder, tokenizer, prompts, steps=25, guidance_scale=4., seed=0, batch_size=50):
     "Images of `prompts` as pixel values [n, 3, 64, 64] by DPM-Solver++ with classifier-free guidance; image i depends on `seed + i` only."
-    scheduler = DPMSolverMultistepScheduler(**SCHEDULE, use_karras_sigmas=False); out = []
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1); out = []
+    pipe = diffusion_pipeline(unet, vae, text_encoder, tokenizer, scheduler); pipe.set_progress_bar_config(disable=True)
     for k in range(0, len(prompts), batch_size):
-        part = prompts[k:k + batch_size]; scheduler.set_timesteps(steps)
-        states = text_encoder(tokenize(tokenizer, [""] * len(part) + list(part))).last_hidden_state
-        z = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed + k + i)) for i in range(len(part))])
-        for t in scheduler.timesteps:
-            free, bound = unet(torch.cat([z, z]), t, states).sample.chunk(2)
-            z = scheduler.step(free + guidance_scale * (bound - free), t, z).prev_sample
-        out.append(vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1))
+        part = list(prompts[k:k + batch_size]); generators = [torch.Generator().manual_seed(seed + k + i) for i in range(len(part))]
+        out.append(pipe(part, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators, output_type="pt").images * 2 - 1)
     return torch.cat(out)
 
 # %% ../nbs/03_foundation.ipynb #cell-28
@@ -264,15 +260,14 @@ def save_clip(clip, tokenizer, folder):
     copy.deepcopy(clip).half().save_pretrained(folder); tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64), image_mean=[.5] * 3, image_std=[.5] * 3).save_pretrained(folder)
 
-def diffusion_pipeline(unet, vae, clip, tokenizer):
-    "The parts as a `diffusers.StableDiffusionPipeline` with a UniPC scheduler."
-    scheduler = UniPCMultistepScheduler(**SCHEDULE, steps_offset=1)
-    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder_of(clip), tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+def diffusion_pipeline(unet, vae, text_encoder, tokenizer, scheduler=None):
+    "The parts as a `diffusers.StableDiffusionPipeline`, with a UniPC scheduler unless told."
+    scheduler = scheduler or UniPCMultistepScheduler(**SCHEDULE, steps_offset=1)
+    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 def save_diffusion(unet, vae, clip, tokenizer, folder):
     "Save the parts as a `StableDiffusionPipeline` (float16 safetensors) to `folder`."
-    pipe = diffusion_pipeline(copy.deepcopy(unet).half(), copy.deepcopy(vae).half(), clip, tokenizer)
-    pipe.text_encoder.half(); pipe.save_pretrained(folder)
+    diffusion_pipeline(copy.deepcopy(unet).half(), copy.deepcopy(vae).half(), text_encoder_of(clip).half(), tokenizer).save_pretrained(folder)
 
 def mini_folder(name=""):
     "Folder of the shipped mini models: `clip`, `diffusion`, or their parent with `manifest.json`."

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 # %% ../nbs/06_losses.ipynb #cell-06
 def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def classification_loss(logits, target):
-    "L_cls: cross-entropy of `logits` [B, C] with labels [B] (integers), or with votes [B, C] of any positive sum."
+def classification_loss(logits, target, weight=None):
+    "L_cls: cross-entropy of `logits` [B, C] with labels [B] (integers), or with votes [B, C] of any positive sum; mean over images, each times its `weight` [B] if given."
     if target.ndim == 2:
         if target.shape != logits.shape: raise ValueError(f"votes must have the shape of the logits, {tuple(logits.shape)}, not {tuple(target.shape)}")
         votes = _wide(target); target = votes / votes.sum(1, keepdim=True)
     elif target.is_floating_point(): raise TypeError(f"labels [B] must be integers, not {target.dtype}; votes have shape [B, C]")
-    return F.cross_entropy(_wide(logits), target)
+    if weight is None: return F.cross_entropy(_wide(logits), target)
+    return (_wide(weight) * F.cross_entropy(_wide(logits), target, reduction="none")).mean()
 
 # %% ../nbs/06_losses.ipynb #cell-10
 def temperature(logit_scale, limit=100.):
@@ -51,10 +52,10 @@ def identity_loss(z, text, has, scale):
     return (each * has).sum() / has.sum().clamp(min=1)
 
 # %% ../nbs/06_losses.ipynb #cell-21
-def understanding_loss(model, output, target, scene=None, object=None, targets="vocabulary", weights=(.9, .05, .05), counts=(None, None)):
-    "L_U of an `ExpertQueryModel` and its output: dict(loss, loss_cls, loss_scene, loss_object). `counts`: see `vocabulary_loss`, for scene and object."
+def understanding_loss(model, output, target, scene=None, object=None, targets="vocabulary", weights=(.9, .05, .05), counts=(None, None), weight=None):
+    "L_U of an `ExpertQueryModel` and its output: dict(loss, loss_cls, loss_scene, loss_object). `counts`: see `vocabulary_loss`, for scene and object; `weight` [B]: of each image in L_cls."
     if targets not in ("vocabulary", "identity"): raise ValueError(f"targets must be 'vocabulary' or 'identity' (as released), not {targets!r}")
-    losses = dict(loss_cls=classification_loss(output.logits, target))
+    losses = dict(loss_cls=classification_loss(output.logits, target, weight))
     for kind, pair, count in zip(("scene", "object"), (scene, object), counts):
         if pair is None or output.scene_features is None: losses[f"loss_{kind}"] = output.logits.new_zeros((), dtype=torch.float32); continue
         z, theta = getattr(model, f"{kind}_projection")(output[f"{kind}_features"]), getattr(model, f"{kind}_logit_scale")

@@ -81,10 +81,14 @@ class UnderstandingStage(Stage):
         return torch.stack([batch["label"].new_ones(()) if n is None else (n.sum(1) > 0).sum() for n in self.names(batch)])
 
     def loss(self, batch, counts=None):
-        out, pairs = self.model(batch["pixel_values"]), [None if n is None else self.pair(n, text) for n, text in zip(self.names(batch), (self.scene_text, self.object_text))]
+        out = self.model(batch["pixel_values"])
+        return dict(self.understanding(out, batch, counts), accuracy=(out.logits.detach().argmax(1) == batch["label"]).float().mean())
+
+    def understanding(self, out, batch, counts=None):
+        "L_U and its parts of the model's output for `batch`."
+        pairs = [None if n is None else self.pair(n, text) for n, text in zip(self.names(batch), (self.scene_text, self.object_text))]
         counts = (None, None) if counts is None else counts.clamp(min=1e-6)
-        losses = understanding_loss(self.model, out, batch.get("votes", batch["label"]), *pairs, self.config.targets, self.config.loss_weights, counts)
-        return dict(losses, accuracy=(out.logits.detach().argmax(1) == batch["label"]).float().mean())
+        return understanding_loss(self.model, out, batch.get("votes", batch["label"]), *pairs, self.config.targets, self.config.loss_weights, counts, batch.get("weight"))
 
     def pair(self, names, text):
         "What `understanding_loss` compares: (multi-hot names, all features), or as released (has it any, feature of its last name)."
@@ -94,8 +98,12 @@ class UnderstandingStage(Stage):
 
 # %% ../nbs/12b_understanding.ipynb #cell-15
 @patch
-def predict(self: UnderstandingStage, batch):
-    out = self.model(batch["pixel_values"]); p = dict(logits=out.logits.float(), label=batch["label"])
+def predict(self: UnderstandingStage, batch): return self.predictions(self.model(batch["pixel_values"]), batch)
+
+@patch
+def predictions(self: UnderstandingStage, out, batch):
+    "Per image: logits, label, and whether the nearest scene and object names are its own."
+    p = dict(logits=out.logits.float(), label=batch["label"])
     if "votes" in batch: p["votes"] = batch["votes"]
     for kind, names, text in zip(("scene", "object"), self.names(batch), (self.scene_text, self.object_text)):
         if names is None: continue

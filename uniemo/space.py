@@ -37,7 +37,7 @@ def mixture_weights(emotion, emotions=MIKELS):
         if name not in names:
             near = difflib.get_close_matches(str(name).lower(), names, 1, .5)
             raise ValueError(f"unknown emotion {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {_names(names)}")
-        if not math.isfinite(weight) or weight < 0: raise ValueError(f"the weight of {name!r} is {weight}; weights are shares, 0 to 1")
+        if not (isinstance(weight, (int, float, np.number)) and math.isfinite(weight) and weight >= 0): raise ValueError(f"the weight of {name!r} is {weight!r}; weights are shares, 0 to 1")
         w[names.index(name)] += float(weight)
     if abs(w.sum() - 1) > 1e-3:
         share = {n: round(float(x / w.sum()), 3) for n, x in zip(names, w) if x > 0} if w.sum() > 0 else {}
@@ -59,7 +59,7 @@ def _summary(x, full):
     return len(x), mean, y.T @ y if full else (y**2).sum(0)
 
 # %% ../nbs/13_space.ipynb #cell-13
-def low_rank(covariance, rank, steps=30):
+def low_rank(covariance, rank, steps=60):
     "Factors F [D, r] and variances v [D] with F F^T + diag(v) close to `covariance` [D, D] and of the same diagonal: factor analysis by maximum likelihood."
     D, std = len(covariance), covariance.diagonal().clamp(min=0).sqrt(); safe = std.where(std > 0, 1.); r = min(rank, D)
     R = covariance / safe[:, None] / safe; v = R.new_ones(D); F = R.new_zeros(D, r); Q = torch.randn(D, r, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(R)
@@ -195,9 +195,10 @@ def _deviation(self:EmotionSpace, e, rng):
 @patch
 def weights(self:EmotionSpace, emotion, num_samples=None):
     "Weights float64 [B, E] of an emotion or mixture for all samples, or of a list of them, one a sample; emotions without enough images are refused."
-    each = list(emotion) if isinstance(emotion, (list, tuple)) else [emotion] * (1 if num_samples is None else num_samples)
-    if num_samples is not None and len(each) != num_samples: raise ValueError(f"{len(each)} emotions for {num_samples} samples: give one for all, or one each")
-    w = torch.stack([mixture_weights(m, self.emotions) for m in each]) if each else torch.zeros(0, len(self), dtype=torch.float64)
+    if isinstance(emotion, (list, tuple)):
+        if num_samples not in (None, len(emotion)): raise ValueError(f"{len(emotion)} emotions for {num_samples} samples: give one for all, or one each")
+        w = torch.stack([mixture_weights(m, self.emotions) for m in emotion]) if len(emotion) else torch.zeros(0, len(self), dtype=torch.float64)
+    else: w = mixture_weights(emotion, self.emotions).expand(1 if num_samples is None else num_samples, -1)
     least = 1 if self.kind == "bank" else 2; count = self.counts
     few = [e for e, used in zip(self.emotions, (w > 0).any(0)) if used and count[e] is not None and count[e] < least]
     if few: raise ValueError(f"no distribution of {few[0]!r}: it had {count[few[0]]} images when the space was fitted, and {self.kind} needs {least}; there are {_names(e for e, n in count.items() if n is None or n >= least) or 'none'}")
@@ -221,7 +222,7 @@ def sample(self:EmotionSpace, emotion, num_samples=None, seed=0, start=0, genera
     drawn = dict(zip(self.parts, x.to(device=device, dtype=dtype).split(self.hidden_size, 1)))
     return tuple(drawn.get(p) for p in PARTS)
 
-# %% ../nbs/13_space.ipynb #cell-30
+# %% ../nbs/13_space.ipynb #cell-40
 @patch
 def save(self:EmotionSpace, path, statistics=False, **info):
     "Write one safetensors file, its settings and `info` in the metadata; `statistics`: with all that `update` and `merge` need."
@@ -233,7 +234,7 @@ def save(self:EmotionSpace, path, statistics=False, **info):
         if self.banks: tensors |= {f"key.{e}": torch.from_numpy(keys.view(np.int64)) for e, (keys, _) in zip(self.emotions, self.banks)}
     self.info = {**self.info, **info}; about = dict(self.settings, count=f["count"], statistics=statistics, info=self.info, version=1)
     part = path.with_name(f".{path.name}.tmp"); path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, part, metadata={"format": "pt", "uniemo.space": json.dumps(about)}); os.replace(part, path)
+    save_file(tensors, part, metadata={"uniemo.space": json.dumps(about)}); os.replace(part, path)
     return path
 
 @patch(cls_method=True)
@@ -243,7 +244,10 @@ def load(cls:EmotionSpace, path):
         with safe_open(path, "pt") as file: about, t = json.loads((file.metadata() or {}).get("uniemo.space", "null")), {k: file.get_tensor(k) for k in file.keys()}
     except SafetensorError as e: raise ValueError(f"{path} is no safetensors file ({e})") from None
     if about is None: raise ValueError(f"{path} is no emotion space: its metadata have no 'uniemo.space'")
+    if about["version"] != 1: raise ValueError(f"{path} is an emotion space of version {about['version']}; this uniemo reads version 1: update it")
     space = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items() if k not in ("count", "statistics", "info", "version")}); space.info = about["info"]
+    needs = ["mean", "std"] + ["factors"] * (space.kind == "lowrank") + [f"bank.{e}" for e in space.emotions] * (space.kind == "bank")
+    if lacks := [k for k in needs if k not in t]: raise ValueError(f"{path} is incomplete: it lacks {_names(lacks)}")
     f = space._finished = dict(count=about["count"], **{k: t[k] for k in ("mean", "std", "factors") if k in t})
     if space.kind == "bank": f["bank"] = [t[f"bank.{e}"] for e in space.emotions]
     if not about["statistics"]: space.statistics = space.banks = None; return space
@@ -261,7 +265,7 @@ def from_pretrained(cls:EmotionSpace, folder, **kwargs):
     "The space that `save_pretrained` wrote into `folder`."
     return cls.load(Path(folder) / "emotion_space.safetensors")
 
-# %% ../nbs/13_space.ipynb #cell-33
+# %% ../nbs/13_space.ipynb #cell-43
 @patch(cls_method=True)
 def from_statistics(cls:EmotionSpace, means, stds=None, emotions=None):
     "A `diagonal` space. `means`, `stds`: emotion -> part (class, scene, object) -> vector [d]; or both in one, with pairs (mean, std) in place of vectors, as `load_uniemo(...).space` has them."
@@ -269,8 +273,9 @@ def from_statistics(cls:EmotionSpace, means, stds=None, emotions=None):
     if not means: raise ValueError("no emotion has a mean and a standard deviation")
     names = tuple(emotions) if emotions is not None else MIKELS.names if set(means) <= set(MIKELS.names) else tuple(means)
     if unknown := sorted(set(means) - set(names)): raise ValueError(f"unknown emotion {unknown[0]!r}; known: {_names(names)}")
-    first = next(iter(means.values())); parts = tuple(p for p in PARTS if p in first); d = len(torch.as_tensor(first[parts[0]]).flatten()) if parts else 0
-    space = cls(names, d or 1, "diagonal", parts=parts); f = dict(count=[0] * len(names), mean=torch.zeros(len(names), space.width), std=torch.zeros(len(names), space.width))
+    e, first = next(iter(means.items())); parts = tuple(p for p in PARTS if p in first)
+    if not parts: raise ValueError(f"mean of {e!r} has the parts {_names(first) or 'none'}; parts are {_names(PARTS)}")
+    d = torch.as_tensor(first[parts[0]]).numel(); space = cls(names, d, "diagonal", parts=parts); f = dict(count=[0] * len(names), mean=torch.zeros(len(names), space.width), std=torch.zeros(len(names), space.width))
     for e in means:
         if e not in stds: raise ValueError(f"{e!r} has a mean but no standard deviation")
         for what, table in (("mean", means), ("std", stds)):
@@ -283,16 +288,23 @@ def from_statistics(cls:EmotionSpace, means, stds=None, emotions=None):
     space._finished, space.statistics = f, None
     return space
 
-# %% ../nbs/13_space.ipynb #cell-36
-def _not_augmented(loader):
-    "Refuse a loader whose data set crops or mirrors at random, as far as that can be seen."
-    g = getattr(getattr(getattr(loader, "dataset", None), "transform", None), "geometry", None)
-    if isinstance(g, RandomCrop) or getattr(g, "flip", 0) > 0: raise ValueError(f"the data set of this loader augments at random ({g}); an emotion space wants images as they are: transform=eval_transform(...)")
+# %% ../nbs/13_space.ipynb #cell-46
+def _datasets(data):
+    "The data sets inside loaders, Subsets and ConcatDatasets."
+    inner = getattr(data, "datasets", None) or [d for d in [getattr(data, "dataset", None)] if d is not None]
+    return [leaf for d in inner for leaf in _datasets(d)] or [data]
+
+def _check_loader(loader):
+    "Refuse a loader that augments at random or leaves images out, as far as that can be seen."
+    if getattr(loader, "drop_last", False): raise ValueError("this loader leaves out the last images (drop_last=True); an emotion space wants each image once: drop_last=False")
+    for data in _datasets(loader):
+        g = getattr(getattr(data, "transform", None), "geometry", None)
+        if isinstance(g, RandomCrop) or getattr(g, "flip", 0) > 0: raise ValueError(f"the data set of this loader augments at random ({g}); an emotion space wants images as they are: transform=eval_transform(...)")
 
 def fit_space(loader, encode=None, emotions=MIKELS, kind="lowrank", progress=False, **settings):
     """An `EmotionSpace` from one pass over `loader`: batches (c, s, o, labels); or, with `encode`, dicts with `label`, which `encode` turns into (c, s, o).
     `encode` may be an `ExpertQueryModel`, which then reads `pixel_values` on its own device. `settings` such as rank to the space; with torch.distributed each process reads its part, then `.gather()`."""
-    _not_augmented(loader); space, model = None, encode if isinstance(encode, nn.Module) else None
+    _check_loader(loader); space, model = None, encode if isinstance(encode, nn.Module) else None
     if model is not None:
         was, p = model.training, next(model.parameters()); model.eval()
         def encode(batch): out = model(batch["pixel_values"].to(p.device, p.dtype)); return out.class_features, out.scene_features, out.object_features
@@ -306,17 +318,18 @@ def fit_space(loader, encode=None, emotions=MIKELS, kind="lowrank", progress=Fal
     if space is None: raise ValueError("the loader gave no batch")
     return space
 
-# %% ../nbs/13_space.ipynb #cell-39
-COORDINATES = dict(amusement=(.75, .3), awe=(.35, .6), contentment=(.7, -.5), excitement=(.7, .85), anger=(-.7, .6), disgust=(-.75, .1), fear=(-.4, .9), sadness=(-.65, -.5))
+# %% ../nbs/13_space.ipynb #cell-51
+COORDINATES = dict(amusement=(.82, .22), awe=(.22, .82), contentment=(.70, -.49), excitement=(.60, .60), anger=(-.65, .55), disgust=(-.84, .15), fear=(-.29, .80), sadness=(-.75, -.40))
 
 def valence_arousal_mixture(valence, arousal, coordinates=None, temperature=.1, least=.01):
-    "Weights {emotion: share} of a point in [-1, 1]^2: soft-max of minus the squared distance to each emotion's coordinates (default `COORDINATES`) over `temperature`; shares below `least` are left out."
+    "Shares {emotion: weight}, sum 1, of a point in [-1, 1]^2: soft-max of minus the squared distance to the `coordinates` {emotion: (valence, arousal)} over `temperature`; what would have less than `least` is left out."
     table = COORDINATES if coordinates is None else coordinates
     for name, v in (("valence", valence), ("arousal", arousal)):
         if not -1 <= v <= 1: raise ValueError(f"{name} is {v}; it goes from -1 to 1")
     if not temperature > 0: raise ValueError(f"temperature must be above 0, not {temperature}")
-    xy = np.array([table[e] for e in table], float)
-    if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all(): raise ValueError("coordinates are {emotion: (valence, arousal)}")
-    d2 = ((xy - (valence, arousal))**2).sum(1); w = np.exp(-(d2 - d2.min()) / temperature); w /= w.sum()
+    if not table: raise ValueError("coordinates are empty; they are {emotion: (valence, arousal)}")
+    for e, p in table.items():
+        if len(p) != 2 or not all(-1 <= x <= 1 for x in p): raise ValueError(f"the coordinates of {e!r} are {tuple(p)}; they are (valence, arousal), each from -1 to 1")
+    d2 = ((np.array(list(table.values()), float) - (valence, arousal))**2).sum(1); w = np.exp((d2.min() - d2) / temperature); w /= w.sum()
     w[w < min(least, w.max())] = 0
     return {e: float(x) for e, x in zip(table, w / w.sum()) if x > 0}

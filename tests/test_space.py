@@ -55,6 +55,12 @@ def test_parts_merge_to_the_whole(kind, cuts):
     assert_equal_statistics(whole, fitted(kind))
 
 
+@each_kind
+def test_merged_spaces_go_their_own_ways(kind):
+    a, b, more = fitted(kind), fitted(kind), triples(seed=1); joined = EmotionSpace(NAMES, 8, kind, rank=2, bank_size=40).merge(a).update(*more)
+    assert_equal_statistics(a, b); assert_equal_statistics(joined, fitted(kind).update(*more))
+
+
 def test_merging_with_itself_doubles():
     a = fitted("lowrank"); n, mean, scatter = a.statistics[0]; a.merge(a)
     assert a.statistics[0][0] == 2 * n; torch.testing.assert_close(a.statistics[0][2], 2 * scatter); torch.testing.assert_close(a.statistics[0][1], mean)

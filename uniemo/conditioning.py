@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-# %% ../nbs/09_conditioning.ipynb #cell-05
+# %% ../nbs/09_conditioning.ipynb #cell-09
 LOOKALIKE = re.compile(r"<\s*[A-Za-z][^<>]*>")         # what a person would take for a placeholder
 
 def _pattern(placeholder):
@@ -29,11 +29,11 @@ def split_prompt(prompt, placeholder="<emotion>", known=None, tokenizer=None):
     if strange: raise ValueError(f"unknown placeholder {strange[0]!r} in {prompt!r}; " + (f"there are words for {', '.join(known)}" if known else f"without words there is none to put there" if known is not None else f"a placeholder is {placeholder} or {placeholder[:-1]}:name>"))
     return out
 
-# %% ../nbs/09_conditioning.ipynb #cell-06
+# %% ../nbs/09_conditioning.ipynb #cell-13
 def max_tokens(text_encoder, tokenizer): "How many tokens the encoder reads, start and end included."; return min(tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length))
 
 def _ids(parts, tokenizer, length):
-    "Token ids, padded to `length`, and name -> positions of its placeholders. A placeholder's own id is read by nobody: its row is replaced."
+    "Token ids, at most `length`, and name -> positions of its placeholders. A placeholder's own id is read by nobody: its row is replaced."
     ids, places = [tokenizer.bos_token_id], {}
     for i, part in enumerate(parts):
         if i % 2: places.setdefault(part, []).append(len(ids)); ids.append(0)
@@ -41,20 +41,20 @@ def _ids(parts, tokenizer, length):
     if len(ids) >= length:                                                # the last place belongs to the end token
         prompt = "".join(parts); cut = [p for p, at in places.items() if max(at) >= length - 1]
         raise ValueError(f"the prompt has {len(ids) + 1} tokens, the text encoder reads {length}" + (f", so that {cut[0]} would be cut off" if cut else "") + f": shorten {prompt!r}")
-    ids.append(tokenizer.eos_token_id)
-    return ids + [tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id] * (length - len(ids)), places
+    return ids + [tokenizer.eos_token_id], places
 
 def tokenize_prompts(prompts, text_encoder, tokenizer, placeholder="<emotion>", known=None):
-    "Ids [B, tokens] of a list of prompts and placeholder -> (rows, columns), long [k] each. Nothing is cut: what does not fit is refused."
-    length, ids, places = max_tokens(text_encoder, tokenizer), [], {}
+    "Ids and attention mask, long [B, tokens] each, of a list of prompts, and placeholder -> (rows, columns), long [k] each. Nothing is cut: what does not fit is refused."
+    length, ids, places = max_tokens(text_encoder, tokenizer), [], {}; pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for b, prompt in enumerate(prompts):
         row, found = _ids(split_prompt(prompt, placeholder, known, tokenizer), tokenizer, length); ids.append(row)
         if known and not found: raise ValueError(f"no placeholder in {prompt!r}: put {' or '.join(known)} where the word belongs")
         for name, at in found.items():
             for k, v in zip(places.setdefault(name, ([], [])), ([b] * len(at), at)): k.extend(v)
-    return torch.tensor(ids), {name: tuple(map(torch.tensor, at)) for name, at in places.items()}
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+    return torch.tensor([row + [pad] * (length - len(row)) for row in ids]), mask, {name: tuple(map(torch.tensor, at)) for name, at in places.items()}
 
-# %% ../nbs/09_conditioning.ipynb #cell-07
+# %% ../nbs/09_conditioning.ipynb #cell-17
 @contextmanager
 def replaced_rows(embedding, rows, columns, values):
     "Within this context the output [B, tokens, d] of `embedding` has `values` [k, d] at (rows, columns), long [k] each; differentiable in `values`. Its weights are not touched."
@@ -66,6 +66,7 @@ def replaced_rows(embedding, rows, columns, values):
         if not hit: raise RuntimeError("the token embedding was not called, so no word was put in: is the text encoder compiled? Pass the module that was not")
     finally: handle.remove()
 
+# %% ../nbs/09_conditioning.ipynb #cell-21
 def _words(words, size, placeholder, width):
     "Words as placeholder -> [B, d], and B; `size`: number of prompts (None: one prompt for all words)."
     words = dict(words) if isinstance(words, Mapping) else {placeholder: words}
@@ -82,11 +83,11 @@ def encode_prompts(text_encoder, tokenizer, prompts, words=None, placeholder="<e
     embedding, single = text_encoder.get_input_embeddings(), isinstance(prompts, str)
     words, size = ({}, 1 if single else len(prompts)) if words is None else _words(words, None if single else len(prompts), placeholder, embedding.weight.shape[1])
     prompts = [prompts] * size if single else list(prompts)
-    ids, places = tokenize_prompts(prompts, text_encoder, tokenizer, placeholder, list(words))
+    ids, mask, places = tokenize_prompts(prompts, text_encoder, tokenizer, placeholder, list(words))
     unused = [n for n in words if n not in places]
     if unused: raise ValueError(f"no placeholder {unused[0]} in the prompts, but a word for it: {prompts[0]!r}")
     device = next((w.device for w in words.values()), text_encoder.device) if text_encoder.device.type == "meta" else text_encoder.device
-    mask = (ids != tokenizer.pad_token_id).long().to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
+    mask = mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None          # Stable Diffusion's encoders read the padding
     if not words: return text_encoder(ids.to(device), attention_mask=mask)[0]
     rows, columns = (torch.cat([places[n][i] for n in words]) for i in (0, 1))
     values = torch.cat([words[n][places[n][0].to(words[n].device)] for n in words])

@@ -6,9 +6,8 @@
 __all__ = ['KINDS', 'RETRIEVALS', 'CorrelationTable', 'Retrieved', 'Retriever', 'retrieval_accuracy']
 
 # %% ../nbs/07_correlation.ipynb #cell-03
-import json, warnings
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -26,7 +25,7 @@ from .data import fold, make_loader
 from .emotions import MIKELS
 from .losses import similarity
 
-# %% ../nbs/07_correlation.ipynb #cell-06
+# %% ../nbs/07_correlation.ipynb #cell-07
 KINDS = ("scene", "object")
 
 class CorrelationTable:
@@ -70,7 +69,7 @@ class CorrelationTable:
         "DataFrame with rows (kind, name) and a column for each emotion."
         return pd.DataFrame(np.concatenate([self._rows[k] for k in KINDS]), pd.MultiIndex.from_tuples(list(self), names=["kind", "name"]), self.emotions)
 
-# %% ../nbs/07_correlation.ipynb #cell-10
+# %% ../nbs/07_correlation.ipynb #cell-11
 @patch
 def save(self: CorrelationTable, path):
     "Write a CSV file: kind, name, one column an emotion."
@@ -84,15 +83,12 @@ def load(cls: CorrelationTable, path):
     if set(t.kind) - set(KINDS): raise ValueError(f"{path}: a kind is 'scene' or 'object', not {', '.join(sorted(set(t.kind) - set(KINDS)))}")
     return cls(*({n: row for n, row in zip(t.name[t.kind == k], t.loc[t.kind == k, t.columns[2:]].to_numpy(float))} for k in KINDS), list(t.columns[2:]))
 
-# %% ../nbs/07_correlation.ipynb #cell-13
-def _cells(column):
-    "The names in each cell (a text, a list, or nothing), folded, each once."
-    listed = lambda v: [v] if isinstance(v, str) else [] if v is None or isinstance(v, float) else v
-    return [{fold(n) for n in listed(v)} for v in column]
+# %% ../nbs/07_correlation.ipynb #cell-14
+def _listed(cell): "The names in a cell of a table: a text, a list, or nothing."; return [cell] if isinstance(cell, str) else [] if cell is None or isinstance(cell, float) else list(cell)
 
 def _shown(column, names, kind):
     "Which images show which names: (rows, indices of names), int arrays of equal length."
-    place = {fold(n): i for i, n in enumerate(names)}; pairs = [(i, n) for i, cell in enumerate(_cells(column)) for n in cell]
+    place = {fold(n): i for i, n in enumerate(names)}; pairs = [(i, n) for i, cell in enumerate(column) for n in sorted({fold(n) for n in _listed(cell)})]      # a name counts once an image
     unknown = sorted({n for _, n in pairs} - set(place))
     if unknown: raise ValueError(f"unknown {kind} {unknown[0]!r} in the annotations; add it to {kind}_names")
     return np.array([i for i, _ in pairs], int), np.array([place[n] for _, n in pairs], int)
@@ -103,7 +99,7 @@ def _annotations(dataset, emotions, names):
         emotions = MIKELS if emotions is None else emotions; unknown = sorted(set(dataset.emotion) - set(emotions))
         if unknown: raise ValueError(f"unknown emotion {unknown[0]!r}; known: {', '.join(emotions)}")
         notes, labels = dataset, np.array([list(emotions).index(e) for e in dataset.emotion], int); weights = np.eye(len(list(emotions)))[labels]
-        found = {k: sorted({n for v in notes.get(k, ()) for n in ([v] if isinstance(v, str) else v if isinstance(v, (list, tuple, set)) else ())}) for k in KINDS}
+        found = {k: list({fold(n): n for v in notes.get(k, ()) for n in _listed(v)}.values()) for k in KINDS}
         return notes, weights, emotions, {k: found[k] if names[k] is None else names[k] for k in KINDS}
     notes, emotions = dataset.read_annotations(), dataset.emotions
     weights = dataset.columns["votes"] if "votes" in dataset.columns else np.eye(len(emotions))[dataset.labels]
@@ -125,7 +121,7 @@ def from_annotations(cls: CorrelationTable, dataset, smoothing=1., emotions=None
         tables[kind] = dict(zip(names[kind], share / share.sum(1, keepdims=True)))
     return cls(tables["scene"], tables["object"], emotions)
 
-# %% ../nbs/07_correlation.ipynb #cell-18
+# %% ../nbs/07_correlation.ipynb #cell-24
 class _Means:
     "Sums of predicted distributions for each name of each kind."
     def __init__(self, names, size): self.names, self.sum, self.count = names, {k: np.zeros((len(n), size)) for k, n in names.items()}, {k: np.zeros(len(n)) for k, n in names.items()}
@@ -166,7 +162,7 @@ def from_classifier(cls: CorrelationTable, classifier, images, emotions=None, sm
     finally:
         if training: classifier.train()
 
-# %% ../nbs/07_correlation.ipynb #cell-22
+# %% ../nbs/07_correlation.ipynb #cell-28
 @patch(cls_method=True)
 def from_emogen(cls: CorrelationTable, coefficients, emotions=MIKELS):
     "`coefficients`: kind -> name -> row [8], as `uniemo.interop.load_emogen(folder).coefficients` gives them."
@@ -174,7 +170,7 @@ def from_emogen(cls: CorrelationTable, coefficients, emotions=MIKELS):
     if unknown or not coefficients: raise ValueError(f"EmoGen's coefficients have the kinds scene and object, not {', '.join(map(str, coefficients)) or 'none'}; are attr_coefficient_emotion_scene.pkl and _object.pkl in the folder?")
     return cls(coefficients.get("scene"), coefficients.get("object"), emotions)
 
-# %% ../nbs/07_correlation.ipynb #cell-25
+# %% ../nbs/07_correlation.ipynb #cell-31
 RETRIEVALS = ("projected", "mapped", "soft")
 
 class Retrieved(NamedTuple):
@@ -189,7 +185,7 @@ class Retriever(ModelMixin, ConfigMixin):
     Nothing here is trained; `save_pretrained` and `from_pretrained` keep names, features and table together. The arguments after `temperature` are for them."""
     config_name = "config.json"
 
-    def __init__(self, table=None, scene_features=None, object_features=None, retrieval="projected", temperature=.07, emotions=None, scene_names=None, object_names=None, text_dim=None):
+    def __init__(self, table=None, scene_features=None, object_features=None, retrieval="projected", temperature=.03, emotions=None, scene_names=None, object_names=None, text_dim=None):
         super().__init__()
         if retrieval not in RETRIEVALS: raise ValueError(f"retrieval must be one of {', '.join(RETRIEVALS)}, not {retrieval!r}")
         if not temperature > 0: raise ValueError(f"the temperature must be positive, not {temperature}")
@@ -232,9 +228,12 @@ class Retriever(ModelMixin, ConfigMixin):
         return Retrieved(*(p[0] for p in pairs), *(p[1] for p in pairs))
 
     @property
-    def table(self): "The `CorrelationTable` it holds."; return CorrelationTable(*(dict(zip(self.config[f"{k}_names"], getattr(self, f"{k}_table").float().cpu().numpy())) for k in KINDS), self.config.emotions)
+    def table(self):
+        "The `CorrelationTable` it holds; rows sum to 1 again where the module is in half precision."
+        rows = ((k, getattr(self, f"{k}_table").double().cpu()) for k in KINDS)
+        return CorrelationTable(*(dict(zip(self.config[f"{k}_names"], (t / t.sum(1, keepdim=True)).numpy())) for k, t in rows), self.config.emotions)
 
-# %% ../nbs/07_correlation.ipynb #cell-26
+# %% ../nbs/07_correlation.ipynb #cell-38
 def retrieval_accuracy(retriever, retrieved, scene=None, objects=None):
     "Share of images, among those with an attribute, whose retrieved name is one of their own. `scene` long [B] (-1: none), `objects` multi-hot [B, names], as data sets give them."
     out = {}
@@ -243,10 +242,10 @@ def retrieval_accuracy(retriever, retrieved, scene=None, objects=None):
         names = retriever.config[f"{kind}_names"]; own = own[:, None] == torch.arange(len(names), device=own.device) if kind == "scene" else own > 0
         place = {fold(n): i for i, n in enumerate(names)}; place = torch.tensor([place.get(fold(n), -1) for n in retriever.names(kind)], device=own.device)[getattr(retrieved, kind).to(own.device)]
         hit = own.gather(1, place.clamp(min=0)[:, None])[:, 0] & (place >= 0); has = own.any(1)
-        out[kind] = (hit[has].float().mean()).item()
+        out[kind] = hit[has].double().mean().item()
     return out
 
-# %% ../nbs/07_correlation.ipynb #cell-27
+# %% ../nbs/07_correlation.ipynb #cell-46
 @patch
 def plot(self: CorrelationTable, top=3, kind=None, ax=None, title=None):
     "Heat map of the `top` strongest attributes of each emotion, of one `kind` or of both. Returns the axes."

@@ -25,9 +25,9 @@ from .data import fold, make_loader
 from .emotions import MIKELS
 from .losses import similarity
 
-# %% ../nbs/07_correlation.ipynb #cell-07
 KINDS = ("scene", "object")
 
+# %% ../nbs/07_correlation.ipynb #cell-07
 class CorrelationTable:
     "T[(kind, name), emotion] in [0, 1], each row summing to 1. `scene`, `object`: name -> row [E] as a dict or a DataFrame with one column an emotion (None: no such names)."
     def __init__(self, scene=None, object=None, emotions=MIKELS):
@@ -180,6 +180,7 @@ class Retrieved(NamedTuple):
     scene: torch.Tensor
     object: torch.Tensor
 
+# %% ../nbs/07_correlation.ipynb #cell-32
 class Retriever(ModelMixin, ConfigMixin):
     """Coefficients of images by similarity. `scene_features`, `object_features` [names, d_text]: text features in the order of `table.names(kind)` (None where there are no names).
     Nothing here is trained; `save_pretrained` and `from_pretrained` keep names, features and table together. The arguments after `temperature` are for them."""
@@ -233,7 +234,7 @@ class Retriever(ModelMixin, ConfigMixin):
         rows = ((k, getattr(self, f"{k}_table").double().cpu()) for k in KINDS)
         return CorrelationTable(*(dict(zip(self.config[f"{k}_names"], (t / t.sum(1, keepdim=True)).numpy())) for k, t in rows), self.config.emotions)
 
-# %% ../nbs/07_correlation.ipynb #cell-38
+# %% ../nbs/07_correlation.ipynb #cell-39
 def retrieval_accuracy(retriever, retrieved, scene=None, objects=None):
     "Share of images, among those with an attribute, whose retrieved name is one of their own. `scene` long [B] (-1: none), `objects` multi-hot [B, names], as data sets give them."
     out = {}
@@ -245,7 +246,7 @@ def retrieval_accuracy(retriever, retrieved, scene=None, objects=None):
         out[kind] = hit[has].double().mean().item()
     return out
 
-# %% ../nbs/07_correlation.ipynb #cell-46
+# %% ../nbs/07_correlation.ipynb #cell-47
 @patch
 def plot(self: CorrelationTable, top=3, kind=None, ax=None, title=None):
     "Heat map of the `top` strongest attributes of each emotion, of one `kind` or of both. Returns the axes."

@@ -15,9 +15,9 @@ from torch import nn
 def _mlp(width, out): return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 class PseudoWordMapper(ModelMixin, ConfigMixin):
-    "Features c, s, o [B, hidden_size] and coefficients [B] -> pseudo-words [B, token_size]. `use_scene`, `use_object`: whether these parts are there."
+    "Features c, s, o [B, hidden_size] and coefficients [B] -> pseudo-words [B, token_size]. `use_scene`, `use_object`: whether these parts are there; `use_alpha=False`: every coefficient counts as 1."
     @register_to_config
-    def __init__(self, hidden_size, token_size, use_scene=True, use_object=True):
+    def __init__(self, hidden_size, token_size, use_scene=True, use_object=True, use_alpha=True):
         super().__init__()
         self.mapper = _mlp(hidden_size, token_size)
         self.mapper_scene = _mlp(hidden_size, token_size) if use_scene else None
@@ -40,7 +40,7 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
             if x is None: raise ValueError(f"this mapper reads the {kind} feature, which is None; build it with use_{kind}=False to do without")
             y = network(self._checked(kind, x, len(c)))
             if alpha is not None and alpha.shape != y.shape[:1]: raise ValueError(f"alpha_{kind} has one number an image, [{len(y)}], not {list(alpha.shape)}")
-            out[kind] = y if alpha is None else alpha.to(y.dtype)[:, None] * y
+            out[kind] = y if alpha is None or not self.config.use_alpha else alpha.to(y.dtype)[:, None] * y
         return out
 
     def _checked(self, kind, x, size=None):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'Store', 'settings_of', 'metrics_of', 'World', 'paint_split', 'mini_world', 'load_world', 'name_tensors',
-           'with_extra', 'understanding', 'joint', 'vae_pixels', 'candidates', 'read_candidates', 'kept',
-           'further_real']
+           'with_extra', 'understanding', 'joint', 'vae_pixels', 'candidates', 'read_candidates', 'name_shares',
+           'prompted', 'inversion', 'scores', 'kept', 'further_real']
 
 # %% ../nbs/15b_loop.ipynb #cell-03
 import hashlib, inspect, json, os, shutil, time
@@ -19,15 +19,17 @@ from safetensors.torch import load_file, save_file
 
 import uniemo
 from .backbones import Backbone, TextTower, name_text
+from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
-from .data import View, eval_transform, load_data
+from .data import View, eval_transform, fold, load_data
 from .emotions import MIKELS
 from .filtering import CRITERIA, filter_candidates, fit_thresholds, gather_evidence
 from .foundation import load_clip, load_diffusion, mini_folder
 from .fusion import PseudoWordMapper
-from .joint import JointConfig, JointStage, cache_latents, flip_together
+from .generation_metrics import evaluate_generation, mini_networks
+from .joint import InversionStage, JointConfig, JointStage, cache_latents, flip_together
 from .memory import in_memory, random_crops
-from .mini import OBJECTS, SCENES, WORLD_VERSION, draw_spec, paint
+from .mini import OBJECTS, SCENES, draw_spec, paint, true_table
 from .pipeline import UniEmoPipeline
 from .queries import ExpertQueryModel
 from .space import fit_space
@@ -102,6 +104,7 @@ def load_world(data, view=View(64), workers=1):
     return World(tensors, names, first.emotions)
 
 # %% ../nbs/15b_loop.ipynb #cell-10
+def _diffusion(name): return mini_folder("diffusion") if name == "mini" else name
 def _source(name): return mini_folder("clip") if name == "mini" else name
 
 def name_tensors(source, names, template="a photo of a {}"):
@@ -136,7 +139,7 @@ def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", spac
     "Stage 2 from the stage-1 folder `encoder`: the table from the training annotations, joint training, the emotion space; the pipeline's own parts in `folder/pipeline`."
     config = JointConfig(**config); torch.manual_seed(config.seed); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model")
     view = View(model.config.image_size, tuple(model.config.image_mean), tuple(model.config.image_std)); world = load_world(data, view, workers)
-    pipe = load_diffusion(mini_folder("diffusion") if diffusion == "mini" else diffusion); text = name_tensors(backbone, world.names, config.template)
+    pipe = load_diffusion(_diffusion(diffusion)); text = name_tensors(backbone, world.names, config.template)
     train = {k: v for k, v in world["train"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["train"]["images"], pipe)))
     val = {k: v for k, v in world["val"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["val"]["images"], pipe)))
     table = CorrelationTable.from_annotations(world.annotations("train"), smoothing, world.emotions, world.names["scene"], world.names["object"])
@@ -149,7 +152,8 @@ def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", spac
     batches = ({k: v[i:i + 100] for k, v in clean.items()} for i in range(0, len(clean["label"]), 100))
     own = UniEmoPipeline.from_diffusion(pipe, stage.model, stage.mapper, retriever, fit_space(batches, stage.model, emotions=world.emotions.names, kind=space, rank=rank))
     own.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=str(diffusion))
-    _history(folder, trainer); _write(folder, best_step=best, steps=trainer.step, **stage.evaluate(test)); shutil.rmtree(Path(folder) / "checkpoints")
+    save_file({f"test.{n}": v.contiguous() for n, v in test.items()}, Path(folder) / "predictions.safetensors"); _history(folder, trainer)
+    _write(folder, best_step=best, steps=trainer.step, **stage.evaluate(test)); shutil.rmtree(Path(folder) / "checkpoints")
 
 def vae_pixels(images, pipe):
     "uint8 images [n, 3, H, W] at the diffusion model's size, float in [-1, 1]."
@@ -169,6 +173,49 @@ def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>",
 def read_candidates(folder): "Images uint8 [n, H, W, 3] and their table."; return np.load(Path(folder) / "images.npz")["images"], pd.read_csv(Path(folder) / "table.csv")
 
 # %% ../nbs/15b_loop.ipynb #cell-16
+def _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size):
+    "Images of `jobs`: rows (emotion, seed, prompt, word or None, scene, object)."
+    pipe.set_progress_bar_config(disable=True); images = []
+    for k in range(0, len(jobs), batch_size):
+        part = jobs[k:k + batch_size]; generators = [torch.Generator().manual_seed(j["seed"]) for j in part]
+        embeds = torch.cat([encode_prompts(pipe.text_encoder, pipe.tokenizer, j["prompt"], j.get("word")) for j in part]).detach(); empty = encode_prompts(pipe.text_encoder, pipe.tokenizer, "").detach().expand(len(part), -1, -1)
+        images += [np.asarray(i) for i in pipe(prompt_embeds=embeds, negative_prompt_embeds=empty, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, generator=generators).images]
+    np.savez_compressed(Path(folder) / "images.npz", images=np.stack(images)); table = pd.DataFrame([{k: v for k, v in j.items() if k != "word"} for j in jobs])
+    table.to_csv(Path(folder) / "table.csv", index=False); _write(folder, images=len(images))
+
+def name_shares(world, kind, true=False):
+    "P(name | emotion) [names, E]: counted in the training annotations, or the mini world's own."
+    if true: return true_table(kind).to_numpy()
+    notes = world.annotations("train").explode("object"); t = pd.crosstab(notes[kind], notes.emotion).reindex(index=world.names[kind], columns=list(world.emotions.names), fill_value=0).to_numpy(float)
+    return t / t.sum(0)
+
+def prompted(folder, data, true=False, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16):
+    "Candidates by prompts 'a photo of a {object} in a {scene}' with names drawn from `name_shares`."
+    world = load_world(data); rng = np.random.default_rng([77, seed]); shares = {k: name_shares(world, k, true) for k in ("scene", "object")}; jobs = []
+    for e, emotion in enumerate(world.emotions.names):
+        for i in range(num_per_emotion):
+            names = {k: world.names[k][rng.choice(len(p), p=p[:, e])] for k, p in shares.items()}
+            jobs.append(dict(emotion=emotion, seed=seed * 10**6 + e * num_per_emotion + i, prompt=f"a photo of a {fold(names['object'])} in a {fold(names['scene'])}", **names))
+    _paint(folder, load_diffusion(_diffusion(diffusion)), jobs, num_inference_steps, guidance_scale, batch_size)
+
+def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16):
+    "Candidates by one free word an emotion, learnt by `InversionStage` with the budget of a `JointConfig`."
+    config = JointConfig(**config); torch.manual_seed(config.seed); world = load_world(data); pipe = load_diffusion(_diffusion(diffusion))
+    sets = {k: dict(pixel_values=world[k]["pixel_values"], label=world[k]["label"], latents=cache_latents(pipe.vae, vae_pixels(world[k]["images"], pipe))) for k in ("train", "val")}
+    stage = InversionStage(len(world.emotions), pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config)
+    trainer = Trainer(stage, config, MemoryData(sets["train"], flip_together), sets["val"], folder=Path(folder) / "checkpoints", progress=False).fit(); trainer.load_best(); stage.eval()
+    jobs = [dict(emotion=n, seed=seed * 10**6 + e * num_per_emotion + i, prompt=config.prompt, word=stage.words[e:e + 1].detach()) for e, n in enumerate(world.emotions.names) for i in range(num_per_emotion)]
+    _history(folder, trainer); shutil.rmtree(Path(folder) / "checkpoints"); _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size)
+
+# %% ../nbs/15b_loop.ipynb #cell-18
+def scores(folder, data, candidates, real="test", as_released=False):
+    "All generation metrics of the folder `candidates` by the mini world's networks, against its `real` split: `scores.csv`."
+    images, table = read_candidates(candidates); world = load_world(data); named = "scene" in table and table.scene.notna().all()
+    prompts = [f"a photo of a {fold(o)} in a {fold(s)}" for s, o in zip(table.scene, table.object)] if named else None
+    out = evaluate_generation(images, list(table.emotion), world[real]["images"].permute(0, 2, 3, 1).numpy(), prompts=prompts, emotion_set=world.emotions, as_released=as_released, **mini_networks())
+    out.to_csv(Path(folder) / "scores.csv"); _write(folder, **out.value.to_dict())
+
+# %% ../nbs/15b_loop.ipynb #cell-20
 def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, backbone="mini", workers=1, **settings):
     "What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels)."
     images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
@@ -192,7 +239,7 @@ def _kept_tensors(folder, view, world):
     if world.names["object"]: out["objects"] = torch.tensor([[n == o for n in world.names["object"]] for o in table.object])
     return out
 
-# %% ../nbs/15b_loop.ipynb #cell-18
+# %% ../nbs/15b_loop.ipynb #cell-22
 def further_real(folder, num_images, seed=0):
     "A kept set of real mini images, drawn like the training images."
     specs = [draw_spec(2000 + seed, i) for i in range(num_images)]; d = paint(specs, workers=1, progress=False)

@@ -1,0 +1,91 @@
+"The store of stages, joint training that is interrupted, and tiny runs of the experiments that are built on them."
+import json
+
+import numpy as np, pandas as pd, pytest, torch
+
+from uniemo.joint import JointConfig, flip_together
+from uniemo.loop import Store, candidates, joint, kept, metrics_of, read_candidates, settings_of, understanding
+from uniemo.runs import start
+from uniemo.training import MemoryData, Trainer
+from uniemo.understanding import UnderstandingConfig
+
+DATA = dict(num_train=48, num_val=24, num_test=24, seed=0)
+FIRST = settings_of(UnderstandingConfig.preset("mini", seed=0, epochs=None, steps=4, eval_every=4, batch_size=16, num_queries=2))
+SECOND = settings_of(JointConfig.preset("mini", seed=0, steps=4, eval_every=4, batch_size=8, num_queries=2))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory): return Store(tmp_path_factory.mktemp("stages"), code="one")
+
+@pytest.fixture(scope="module")
+def trained(store):
+    encoder = store(understanding, data=DATA, config=FIRST)
+    return encoder, store(joint, data=DATA, encoder=encoder, config=SECOND)
+
+
+def count(folder, **params): (folder / "ran").write_text(str(int((folder / "ran").read_text()) + 1 if (folder / "ran").exists() else 1))
+
+def test_a_stage_runs_once(tmp_path):
+    s = Store(tmp_path, code="one", log=lambda m: None); a = s(count, x=1, y=[2, (3, 4)])
+    assert s(count, y=[2, [3, 4]], x=1) == a and (a / "ran").read_text() == "1"                        # order and tuples do not matter
+    assert s(count, x=2, y=[2, 3]) != a and Store(tmp_path, code="two", log=print).path(count, x=1, y=[2, [3, 4]]) != a
+    (a / "done.json").unlink(); s(count, x=1, y=[2, [3, 4]]); assert (a / "ran").read_text() == "2"    # killed before its end: goes on in the same folder
+    assert s.path(count, x=a) == s.path(count, x=a) != s.path(count, x=s(count, x=2, y=[2, 3]))        # inputs count by their own hash
+
+def test_a_stage_that_fails_is_not_done(tmp_path):
+    def broken(folder): raise RuntimeError("no")
+    s = Store(tmp_path, code="one")
+    with pytest.raises(RuntimeError): s(broken)
+    assert not (s.path(broken) / "done.json").exists()
+
+def test_loop_from_real_to_kept(store, trained, tmp_path):
+    encoder, two = trained; assert {"accuracy", "loss_diff", "word_accuracy", "scene_accuracy"} <= set(metrics_of(two))
+    made = store(candidates, pipeline=two, num_per_emotion=2, num_inference_steps=2); images, table = read_candidates(made)
+    assert images.shape == (16, 64, 64, 3) and list(table.groupby("emotion").size()) == [2] * 8 and table.scene.notna().all()
+    every = store(kept, data=DATA, encoder=encoder, candidates=made, how=[], max_kept=1); assert metrics_of(every)["kept"] == 8
+    again = store(understanding, data=DATA, config=FIRST, extra=every, ratio=.25); assert metrics_of(again)["images"] == 48 + 8
+    with pytest.raises(ValueError, match="ratio"): store(understanding, data=DATA, config=FIRST, extra=every, ratio=1.)
+
+def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
+    "Stopped after two of four steps and resumed from the checkpoint: bit for bit the unbroken run."
+    from uniemo.correlation import CorrelationTable, Retriever
+    from uniemo.foundation import load_diffusion
+    from uniemo.fusion import PseudoWordMapper
+    from uniemo.joint import JointStage, cache_latents
+    from uniemo.loop import load_world, name_tensors, vae_pixels
+    from uniemo.queries import ExpertQueryModel
+    world, pipe = load_world(DATA), load_diffusion(); text = name_tensors("mini", world.names)
+    table = CorrelationTable.from_annotations(world.annotations("train"), 1., world.emotions, world.names["scene"], world.names["object"])
+    data = {k: v for k, v in world["train"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["train"]["images"], pipe)))
+    def trainer(folder):
+        torch.manual_seed(0); config = JointConfig(**{**SECOND, "save_every": 2})
+        stage = JointStage(ExpertQueryModel.from_pretrained(trained[0] / "model"), PseudoWordMapper(128, 128), Retriever(table, text["scene"], text["object"]), pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config, scene_text=text["scene"], object_text=text["object"])
+        return Trainer(stage, config, MemoryData(data, flip_together), folder=folder, progress=False)
+    whole = trainer(tmp_path / "whole").fit().weights()
+    class Stop(Exception): pass
+    broken = trainer(tmp_path / "broken"); saved = broken.call
+    def call(moment):
+        saved(moment)
+        if moment == "after_step" and broken.step == 2: raise Stop
+    broken.call = call
+    with pytest.raises(Stop): broken.fit()
+    resumed = trainer(tmp_path / "broken"); resumed.fit(); got = resumed.weights()
+    assert resumed.step == 4 and all(torch.equal(whole[k], got[k]) for k in whole) and any(k.startswith("mapper.") for k in whole)
+
+
+TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_threads=1)
+
+def test_joint_experiment(tmp_path):
+    run = start("joint", dict(TINY, num_train=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_loss_diff", "own_accuracy"} <= set(run.summary())
+
+def test_quickstart(tmp_path):
+    run = start("quickstart", dict(TINY, num_train=48, num_per_emotion=2, max_kept=2), tmp_path, progress=False)
+    assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
+
+def test_evaluate(tmp_path):
+    run = start("evaluate", dict(TINY, seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo"], num_train=32, num_per_emotion=2), tmp_path, progress=False)
+    table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
+
+def test_feedback(tmp_path):
+    run = start("feedback", dict(TINY, sizes=[32], seeds=[0], num_per_emotion=2, max_kept=2, num_test=40), tmp_path, progress=False)
+    assert "real only" in set(pd.read_csv(run.dir / "results.csv").arm)

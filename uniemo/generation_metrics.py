@@ -38,8 +38,8 @@ def as_images(images, name="images"):
     x = images if torch.is_tensor(images) else torch.from_numpy(np.ascontiguousarray(images))
     if x.ndim == 4 and x.shape[1] != 3 and x.shape[-1] == 3: x = x.permute(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1] != 3 or not len(x): raise ValueError(f"{name} must be [N, 3, H, W] or [N, H, W, 3] with N > 0, not of shape {tuple(x.shape)}")
-    if x.dtype == torch.uint8: return x.float() / 255
-    x = x.detach().float().cpu(); low, high = float(x.min()), float(x.max())
+    if x.dtype == torch.uint8: return x.cpu().float() / 255
+    x = x.detach().cpu().float(); low, high = float(x.min()), float(x.max())
     if not np.isfinite(low + high): raise ValueError(f"{name} hold values that are not finite")
     if low < -1e-3 or high > 1 + 1e-3:
         cure = "(x + 1) / 2" if low >= -1.01 and high <= 1.01 else "bytes of type uint8, or x / 255"
@@ -106,8 +106,10 @@ def kid(real, generated, subsets=100, subset_size=1000, seed=0):
 
 # %% ../nbs/10b_generation_metrics.ipynb #cell-13
 def shifted_bootstrap(statistic, array, n=100, level=.95, seed=0):
-    "`Interval` of a distance between sets: draws of the images, first axis of `array`, moved by their mean excess over the value, which repeated images cause."
+    """`Interval` of a distance between sets: draws of the images, first axis of `array`, moved by their mean excess over the value, which repeated images cause.
+    `n=0`: no interval (NaN), where a draw costs minutes."""
     array = _array(array); value, rng = statistic(array), np.random.default_rng(seed)
+    if n == 0: return Interval(float(value), float("nan"), float("nan"), level)
     draws = np.array([statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(n)])
     low, high = np.quantile(draws - draws.mean() + value, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(min(low, value)), float(max(high, value)), level)
@@ -190,11 +192,11 @@ def alexnet_layers():
 
 def lpips_alex(folder=None):
     "LPIPS with AlexNet as published; needs AlexNet's file (`pretrained_file('alexnet')`) and torchmetrics, which holds the channel weights."
-    state = torch.load(pretrained_file("alexnet", folder), weights_only=True); layers = alexnet_layers()
+    state = torch.load(pretrained_file("alexnet", folder), map_location="cpu", weights_only=True); layers = alexnet_layers()
     convs = [m for layer in layers for m in layer if isinstance(m, nn.Conv2d)]
     for conv, k in zip(convs, (0, 3, 6, 8, 10)): conv.load_state_dict({p: state[f"features.{k}.{p}"] for p in ("weight", "bias")})
     import torchmetrics.functional.image as home
-    linear = torch.load(Path(home.__file__).parent / "lpips_models/alex.pth", weights_only=True)
+    linear = torch.load(Path(home.__file__).parent / "lpips_models/alex.pth", map_location="cpu", weights_only=True)
     return LPIPS(layers, [linear[f"lin{k}.model.1.weight"].flatten() for k in range(5)])
 
 def inception(folder=None):
@@ -239,7 +241,8 @@ class CLIPFeatures(nn.Module):
     @torch.no_grad()
     def text(self, prompts):
         most = self.clip.config.text_config.max_position_embeddings
-        ids = self.tokenizer(list(prompts), padding="max_length", max_length=most, truncation=True, return_tensors="pt").input_ids.to(self.mean.device)
+        ids = self.tokenizer(list(prompts), padding="max_length", max_length=most, return_tensors="pt", truncation=False).input_ids.to(self.mean.device)
+        if ids.shape[1] > most: raise ValueError(f"a prompt has {ids.shape[1]} tokens, this CLIP reads {most}: shorten {max(prompts, key=len)!r}")
         return self.clip.text_projection(self.clip.text_model(ids).pooler_output).float().cpu()
 
 # %% ../nbs/10b_generation_metrics.ipynb #cell-37
@@ -280,7 +283,7 @@ def load_judge(folder=None):
     "The judge in evaluation mode, float32, from `folder` or as shipped."
     return Judge.from_pretrained(folder or mini_folder("judge"), dtype=torch.float32).eval()
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-40
+# %% ../nbs/10b_generation_metrics.ipynb #cell-42
 def judged_names(scene, objects, threshold=.5, most=2):
     "What a judge sees: per image the likeliest scene and the objects, `most` at most, whose probability of presence exceeds `threshold` (the likeliest if none does)."
     s, o = _array(scene), _array(objects)
@@ -296,7 +299,7 @@ def attribute_fit(scene, objects, emotion, threshold=.5, n=1000, level=.95, seed
     each = np.stack([p.argmax(1) == wanted, p[np.arange(len(p)), wanted]], 1).astype(float)
     return bootstrap(lambda a: dict(zip(("fit", "posterior"), a.mean(0))), each, n=n, level=level, seed=seed)
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-44
+# %% ../nbs/10b_generation_metrics.ipynb #cell-46
 def mini_networks(judge=None):
     "The networks of the mini world as arguments of `evaluate_generation`: `judge`, `features`, `distance`, `clip`."
     judge = judge or load_judge(); layers = [judge.backbone.embedder, *judge.backbone.encoder.stages]
@@ -321,19 +324,21 @@ def _judged(x, labels, judge, emotions, batch_size, **how):
     if isinstance(judge, Judge): tables.append(attribute_fit(*names, y, **how))
     return pd.concat(tables)
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-45
+# %% ../nbs/10b_generation_metrics.ipynb #cell-47
 def evaluate_generation(images, emotions, real=None, *, judge=None, features=None, distance=None, clip=None, prompts=None, references=None, emotion_set=MIKELS,
                         as_released=False, num_pairs=None, k=3, n=1000, n_distances=100, level=.95, seed=0, batch_size=64):
     """DataFrame `value, low, high, better` with a row a metric for generated `images` (see `as_images`) of the `emotions` asked for (names or indices [N]).
     Networks take images [B, 3, H, W] in [0, 1]. `real` images and `features` (to [B, d]): fid, kid, precision, recall. `distance` (two batches in [-1, 1] to [B]): lpips.
-    `clip` (a `CLIPFeatures`, or any callable to [B, d]): sem_d; with `prompts` [N] clip_txt, with `references` (images [N]) clip_img. `judge` (to emotion probabilities [B, E],
+    `clip` (a `CLIPFeatures`, or any callable to [B, d]): sem_d; with `prompts` ([N], or one for all) clip_txt, with `references` (images [N]) clip_img. `judge` (to emotion probabilities [B, E],
     or a tuple with scene and object probabilities): emo_a, emo_a_2, sem_c. `as_released`: LPIPS and Sem-D as the released evaluation computes them.
     `n` draws for intervals, `n_distances` for those of fid and kid. What lacks a network or images is listed in `attrs["left_out"]`."""
     x = as_images(images); y = np.array([emotion_set.index(e) if isinstance(e, str) else int(e) for e in emotions]); how = dict(n=n, level=level, seed=seed)
     if len(y) != len(x): raise ValueError(f"{len(x)} images, but {len(y)} emotions: one an image is needed")
     tables, left = [], {}
     def row(**values): return pd.DataFrame({name: vars(i) for name, i in values.items()}).T
-    def lacks(metrics, **needed): left.update({m: ", ".join(q for q, v in needed.items() if v is None) for m in metrics}); return any(v is None for v in needed.values())
+    more = dict(sem_c="scene and object probabilities from the judge", emo_a_2="the polarity of the emotions")
+    def lacks(metrics, **needed):
+        absent = ", ".join(q for q, v in needed.items() if v is None); left.update({m: absent or more.get(m) for m in metrics}); return bool(absent)
     if not lacks(("fid", "kid", "precision", "recall"), real=real, features=features): tables.append(_against_real(x, as_images(real, "real"), features, k, n_distances, batch_size, **how))
     pairs, of = draw_pairs(y, num_pairs, as_released, seed) if distance is not None or clip is not None else (None, None)
     over = lambda values: bootstrap(mean_over_emotions, values, of, **how)
@@ -342,7 +347,7 @@ def evaluate_generation(images, emotions, real=None, *, judge=None, features=Non
         f = apply_network(clip, x, batch_size=batch_size)                                                             # the released script divides by 255 twice
         tables.append(row(sem_d=over(semantic_diversity(apply_network(clip, x / 255, batch_size=batch_size) if as_released else f, pairs, as_released))))
     if not lacks(["emo_a", "emo_a_2", "sem_c"], judge=judge): tables.append(_judged(x, y, judge, emotion_set, batch_size, **how))
-    if not lacks(["clip_txt"], clip=clip, prompts=prompts): tables.append(row(clip_txt=bootstrap(np.mean, clip_similarity(f, clip.text(prompts)), **how)))
+    if not lacks(["clip_txt"], clip=clip, prompts=prompts): tables.append(row(clip_txt=bootstrap(np.mean, clip_similarity(f, clip.text([prompts] * len(x) if isinstance(prompts, str) else prompts)), **how)))
     if not lacks(["clip_img"], clip=clip, references=references): tables.append(row(clip_img=bootstrap(np.mean, clip_similarity(f, apply_network(clip, as_images(references, "references"), batch_size=batch_size)), **how)))
     if not tables: raise ValueError("nothing to compute: give at least one of judge, features with real, distance, clip")
     table = pd.concat(tables)[["value", "low", "high"]].astype(float).rename_axis("metric"); table["better"] = ["higher" if HIGHER_IS_BETTER[m] else "lower" for m in table.index]

@@ -6,9 +6,9 @@
 __all__ = ['PLACEHOLDER', 'POSITIONS', 'SPARE', 'LATENT_STD', 'SCHEDULE', 'build_tokenizer', 'tokenize', 'build_clip',
            'build_vae', 'build_unet', 'parameters', 'to_pixels', 'text_embeds', 'image_embeds', 'captions_of',
            'clip_loss', 'name_embeds', 'retrieve_names', 'clip_scores', 'differences', 'patch_features', 'vae_loss',
-           'reconstruct', 'vae_scores', 'PatchReadout', 'diffusion_loss', 'encode_latents', 'sample',
-           'balanced_prompts', 'diffusion_scores', 'text_encoder_of', 'fit', 'save_clip', 'diffusion_pipeline',
-           'save_diffusion', 'mini_folder', 'load_clip', 'load_diffusion', 'sha256', 'ship', 'check_manifest']
+           'reconstruct', 'vae_scores', 'PatchReadout', 'diffusion_loss', 'encode_latents', 'diffusion_pipeline',
+           'sample', 'balanced_prompts', 'diffusion_scores', 'text_encoder_of', 'fit', 'save_clip', 'save_diffusion',
+           'mini_folder', 'load_clip', 'load_diffusion', 'sha256', 'ship', 'check_manifest']
 
 # %% ../nbs/03_foundation.ipynb #cell-03
 import copy, hashlib, json, os, shutil
@@ -195,6 +195,11 @@ def encode_latents(vae, images, batch_size=200, progress=True):
     "Unscaled posterior means [n, 4, 16, 16] of uint8 images, as float16."
     return torch.cat([vae.encode(to_pixels(images[k:k + batch_size])).latent_dist.mean.half() for k in tqdm(range(0, len(images), batch_size), disable=not progress, desc="latents")])
 
+def diffusion_pipeline(unet, vae, text_encoder, tokenizer, scheduler=None):
+    "The parts as a `diffusers.StableDiffusionPipeline`, with a UniPC scheduler unless told."
+    scheduler = scheduler or UniPCMultistepScheduler(**SCHEDULE, steps_offset=1)
+    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
 @torch.no_grad()
 def sample(unet, vae, text_encoder, tokenizer, prompts, steps=25, guidance_scale=4., seed=0, batch_size=50):
     "Images of `prompts` as pixel values [n, 3, 64, 64] by DPM-Solver++ with classifier-free guidance; image i depends on `seed + i` only."
@@ -259,11 +264,6 @@ def save_clip(clip, tokenizer, folder):
     except ImportError: from transformers import CLIPImageProcessor
     copy.deepcopy(clip).half().save_pretrained(folder); tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64), image_mean=[.5] * 3, image_std=[.5] * 3).save_pretrained(folder)
-
-def diffusion_pipeline(unet, vae, text_encoder, tokenizer, scheduler=None):
-    "The parts as a `diffusers.StableDiffusionPipeline`, with a UniPC scheduler unless told."
-    scheduler = scheduler or UniPCMultistepScheduler(**SCHEDULE, steps_offset=1)
-    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 def save_diffusion(unet, vae, clip, tokenizer, folder):
     "Save the parts as a `StableDiffusionPipeline` (float16 safetensors) to `folder`."

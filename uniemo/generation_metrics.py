@@ -83,6 +83,7 @@ def check_features(real, generated):
     if r.shape[1] != g.shape[1]: raise ValueError(f"real features have {r.shape[1]} dimensions, generated ones {g.shape[1]}: use one network for both")
     return r, g
 
+# %% ../nbs/10b_generation_metrics.ipynb #cell-10
 def _fid_from(real):
     "generated features -> FID, the statistics of the `real` features kept."
     metric = _torchmetrics("fid", "FrechetInceptionDistance")(feature=_Features(real.shape[1]), reset_real_features=False); metric.update(real, real=True)
@@ -104,7 +105,7 @@ def kid(real, generated, subsets=100, subset_size=1000, seed=0):
         metric = _torchmetrics("kid", "KernelInceptionDistance")(feature=_Features(r.shape[1]), subsets=1 if size == len(r) == len(g) else subsets, subset_size=size)
         metric.update(r, real=True); metric.update(g, real=False); return float(metric.compute()[0])
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-13
+# %% ../nbs/10b_generation_metrics.ipynb #cell-14
 def shifted_bootstrap(statistic, array, n=100, level=.95, seed=0):
     """`Interval` of a distance between sets: draws of the images, first axis of `array`, moved by their mean excess over the value, which repeated images cause.
     `n=0`: no interval (NaN), where a draw costs minutes."""
@@ -114,7 +115,7 @@ def shifted_bootstrap(statistic, array, n=100, level=.95, seed=0):
     low, high = np.quantile(draws - draws.mean() + value, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(min(low, value)), float(max(high, value)), level)
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-17
+# %% ../nbs/10b_generation_metrics.ipynb #cell-18
 def neighbour_radii(features, k=3, batch_size=1000):
     "Distance of each row of [N, d] to its `k`-th nearest other row: [N]."
     x = torch.as_tensor(_array(features), dtype=torch.float64)
@@ -131,7 +132,7 @@ def precision_recall(real, generated, k=3, n=1000, level=.95, seed=0, batch_size
     hits = {name: inside(points, centres, neighbour_radii(centres, k, batch_size), batch_size) for name, (points, centres) in asked.items()}
     return pd.DataFrame({name: vars(bootstrap(np.mean, h.double(), n=n, level=level, seed=seed)) for name, h in hits.items()}).T[["value", "low", "high"]]
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-22
+# %% ../nbs/10b_generation_metrics.ipynb #cell-23
 def draw_pairs(emotions, num_pairs=None, as_released=False, seed=0):
     """Pairs of image indices [P, 2] and their emotion [P] for labels `emotions` [N]: at most `num_pairs` an emotion (all that can be formed without using
     an image twice if None). `as_released`: 10 (or `num_pairs`) pairs an emotion, drawn from all images of this emotion *and of those before it*."""
@@ -157,7 +158,7 @@ def semantic_diversity(features, pairs, as_released=False):
     a, b = (torch.as_tensor(_array(features))[pairs[:, k]] for k in (0, 1))
     return (a - b).square().mean(1).numpy() if as_released else 1 - F.cosine_similarity(a, b).numpy()
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-26
+# %% ../nbs/10b_generation_metrics.ipynb #cell-27
 PRETRAINED = {   # name: file, where it comes from, what it is
     "alexnet": ("alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "AlexNet trained on ImageNet, the backbone of LPIPS"),
     "inception": ("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth", "the Inception network of the usual FID")}
@@ -183,7 +184,7 @@ class LPIPS(nn.Module):
             total = total + (getattr(self, f"weight{k}") * (unit(x) - unit(y)).square()).sum(1).mean((1, 2))
         return total
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-27
+# %% ../nbs/10b_generation_metrics.ipynb #cell-28
 def alexnet_layers():
     "The five convolutional layers of AlexNet as LPIPS reads them, untrained; channels 64, 192, 384, 256, 256."
     conv = lambda i, o, size, **kw: [nn.Conv2d(i, o, size, **kw), nn.ReLU()]; pool = nn.MaxPool2d(3, 2)
@@ -195,7 +196,7 @@ def lpips_alex(folder=None):
     state = torch.load(pretrained_file("alexnet", folder), map_location="cpu", weights_only=True); layers = alexnet_layers()
     convs = [m for layer in layers for m in layer if isinstance(m, nn.Conv2d)]
     for conv, k in zip(convs, (0, 3, 6, 8, 10)): conv.load_state_dict({p: state[f"features.{k}.{p}"] for p in ("weight", "bias")})
-    import torchmetrics.functional.image as home
+    _torchmetrics("fid", "FrechetInceptionDistance"); import torchmetrics.functional.image as home
     linear = torch.load(Path(home.__file__).parent / "lpips_models/alex.pth", map_location="cpu", weights_only=True)
     return LPIPS(layers, [linear[f"lin{k}.model.1.weight"].flatten() for k in range(5)])
 
@@ -207,7 +208,7 @@ def inception(folder=None):
         def forward(self, x): return self.network((x * 255).byte())
     return Inception()
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-31
+# %% ../nbs/10b_generation_metrics.ipynb #cell-32
 def perceptual_diversity(images, pairs, distance, as_released=False, batch_size=32):
     "LPIPS of each pair [P]: `distance(x, y)` [B] on images in [-1, 1]; `as_released` leaves them in [0, 1]."
     x = as_images(images); x = x if as_released else 2 * x - 1
@@ -215,7 +216,7 @@ def perceptual_diversity(images, pairs, distance, as_released=False, batch_size=
     if len(d) != len(pairs): raise ValueError(f"the distance network returned {len(d)} values for {len(pairs)} pairs: it must give one a pair")
     return d
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-34
+# %% ../nbs/10b_generation_metrics.ipynb #cell-35
 def semantic_clarity(scene, objects):
     "Sem-C of each image [N]: the larger of the two top probabilities of `scene` [N, S] and `objects` [N, O]."
     s, o = _array(scene), _array(objects)
@@ -245,7 +246,7 @@ class CLIPFeatures(nn.Module):
         if ids.shape[1] > most: raise ValueError(f"a prompt has {ids.shape[1]} tokens, this CLIP reads {most}: shorten {max(prompts, key=len)!r}")
         return self.clip.text_projection(self.clip.text_model(ids).pooler_output).float().cpu()
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-37
+# %% ../nbs/10b_generation_metrics.ipynb #cell-38
 class Judgement(NamedTuple):
     "Probabilities of the emotion [N, 8], the scene [N, S], and of each object's presence [N, O]."
     emotion: torch.Tensor
@@ -283,7 +284,7 @@ def load_judge(folder=None):
     "The judge in evaluation mode, float32, from `folder` or as shipped."
     return Judge.from_pretrained(folder or mini_folder("judge"), dtype=torch.float32).eval()
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-42
+# %% ../nbs/10b_generation_metrics.ipynb #cell-43
 def judged_names(scene, objects, threshold=.5, most=2):
     "What a judge sees: per image the likeliest scene and the objects, `most` at most, whose probability of presence exceeds `threshold` (the likeliest if none does)."
     s, o = _array(scene), _array(objects)
@@ -299,7 +300,7 @@ def attribute_fit(scene, objects, emotion, threshold=.5, n=1000, level=.95, seed
     each = np.stack([p.argmax(1) == wanted, p[np.arange(len(p)), wanted]], 1).astype(float)
     return bootstrap(lambda a: dict(zip(("fit", "posterior"), a.mean(0))), each, n=n, level=level, seed=seed)
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-46
+# %% ../nbs/10b_generation_metrics.ipynb #cell-47
 def mini_networks(judge=None):
     "The networks of the mini world as arguments of `evaluate_generation`: `judge`, `features`, `distance`, `clip`."
     judge = judge or load_judge(); layers = [judge.backbone.embedder, *judge.backbone.encoder.stages]
@@ -324,7 +325,7 @@ def _judged(x, labels, judge, emotions, batch_size, **how):
     if isinstance(judge, Judge): tables.append(attribute_fit(*names, y, **how))
     return pd.concat(tables)
 
-# %% ../nbs/10b_generation_metrics.ipynb #cell-47
+# %% ../nbs/10b_generation_metrics.ipynb #cell-48
 def evaluate_generation(images, emotions, real=None, *, judge=None, features=None, distance=None, clip=None, prompts=None, references=None, emotion_set=MIKELS,
                         as_released=False, num_pairs=None, k=3, n=1000, n_distances=100, level=.95, seed=0, batch_size=64):
     """DataFrame `value, low, high, better` with a row a metric for generated `images` (see `as_images`) of the `emotions` asked for (names or indices [N]).

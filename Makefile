@@ -1,7 +1,7 @@
 # `make run` and `make test` need only Python 3.11-3.13, git and make: they make .venv, install into it, and go on.
 PYTHON ?= python3
 VENV ?= .venv
-JOB ?= tour
+JOB ?= quickstart
 JOBS ?= 2
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
@@ -58,6 +58,7 @@ benchmarks: env ## run nbs/benchmarks and keep their outputs
 pretrain: env ## train the mini world's foundation models anew (about 3 hours on two cores)
 	uniemo run pretrain_clip
 	uniemo run pretrain_diffusion
+	uniemo run pretrain_judge
 
 dist: env ## wheel and sdist, in dist
 	python -m build --no-isolation

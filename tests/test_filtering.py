@@ -68,7 +68,7 @@ def test_every_candidate_has_a_verdict_and_the_first_reason():
 def test_criteria_can_be_left_out():
     c, real = draw(160, 1, sure=1.), draw(900, 2); assert quiet(c, real, loose(), criteria=()).kept.all()
     t = quiet(c, real, loose(), max_kept=3, criteria=()); assert t.kept.sum() == 24 and set(t.reason) == {"", "surplus"} and t.kept[:24].all()          # the first ones
-    assert set(quiet(c, real, loose(confidence=[.9] * E), criteria=("faithful",)).reason) == {"", "wrong emotion", "low confidence"}
+    assert set(quiet(c, real, loose(confidence=[.4] * E), criteria=("faithful",)).reason) == {"", "wrong emotion", "low confidence"}
     with pytest.raises(ValueError, match="unknown criterion 'pretty'"): quiet(c, real, loose(), criteria=("pretty",))
 
 def test_an_emotion_without_kept_candidates_is_named():
@@ -96,8 +96,8 @@ def test_bad_input_is_named():
 
 def test_thresholds_use_validation_and_pool_rare_emotions():
     v, real = draw(480, 3, sure=2.), draw(900, 2); v = v[np.flatnonzero((v.labels != 1) | (torch.arange(480) < 100))]; t = fit_thresholds(v, real)
-    assert t.pooled == ("awe",) and t.images[1] == 13; low = np.partition(nearest(unit(v.features), unit(real.features))[0].numpy(), 4)[:5]
-    assert low.min() <= t.copy_distance[1] <= low.max()
+    assert t.pooled == ("awe",) and t.images[1] == 13
+    assert np.isclose(t.copy_distance[1], np.quantile(nearest(unit(v.features), unit(real.features))[0].numpy(), .01))
     other = draw(900, 2); other.logits = other.logits * 9; assert fit_thresholds(v, other) == t                                  # the real set's logits play no part
     again = FilterThresholds(**json.loads(json.dumps(dict(t.__dict__)))); assert again == t
     with pytest.raises(ValueError, match="confidence has 1 values for 8"): loose(confidence=[.5])

@@ -39,7 +39,7 @@ def test_a_stage_that_fails_is_not_done(tmp_path):
     assert not (s.path(broken) / "done.json").exists()
 
 def test_loop_from_real_to_kept(store, trained, tmp_path):
-    encoder, two = trained; assert {"accuracy", "loss_diff", "word_accuracy", "scene_accuracy"} <= set(metrics_of(two))
+    encoder, two = trained; assert {"accuracy", "val_loss_diff", "val_word_accuracy", "scene_accuracy"} <= set(metrics_of(two))
     made = store(candidates, pipeline=two, num_per_emotion=2, num_inference_steps=2); images, table = read_candidates(made)
     assert images.shape == (16, 64, 64, 3) and list(table.groupby("emotion").size()) == [2] * 8 and table.scene.notna().all()
     every = store(kept, data=DATA, encoder=encoder, candidates=made, how=[], max_kept=1); assert metrics_of(every)["kept"] == 8
@@ -76,7 +76,7 @@ def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
 TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_threads=1)
 
 def test_joint_experiment(tmp_path):
-    run = start("joint", dict(TINY, num_train=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_loss_diff", "own_accuracy"} <= set(run.summary())
+    run = start("joint", dict(TINY, num_train=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
 
 def test_quickstart(tmp_path):
     run = start("quickstart", dict(TINY, num_train=48, num_per_emotion=2, max_kept=2), tmp_path, progress=False)

@@ -237,18 +237,18 @@ def score_candidates(candidates, real, thresholds):
     if real.features.shape[1] != candidates.features.shape[1]: raise ValueError(f"candidates have features of width {candidates.features.shape[1]}, real images of {real.features.shape[1]}: both must come from the same encoder")
     x, r, y = unit(candidates.features), unit(real.features), candidates.labels
     kinds = [a if isinstance(a, tuple) else ("", a) for a in candidates.attributes or [("", f"attribute {i}") for i in range(candidates.similarities.shape[1])]]
-    t = pd.DataFrame(dict(emotion=np.array(names, object)[y], predicted=np.array(names, object)[candidates.logits.argmax(1)], confidence=own_confidence(candidates.logits, y, thresholds.temperature)))
-    t["attribute"] = np.array([a for _, a in kinds], object)[candidates.similarities.argmax(1)]; t["margin"] = attribute_margin(candidates.similarities)
+    t = pd.DataFrame(dict(emotion=np.array(names, object)[y.numpy()], predicted=np.array(names, object)[candidates.logits.argmax(1).numpy()], confidence=own_confidence(candidates.logits, y, thresholds.temperature)))
+    t["attribute"] = np.array([a for _, a in kinds], object)[candidates.similarities.argmax(1).numpy()]; t["margin"] = attribute_margin(candidates.similarities).numpy()
     for kind in ("scene", "object"):
         k = [i for i, a in enumerate(kinds) if a[0] == kind]
-        if k and kind not in own: t[kind] = np.array([kinds[i][1] for i in k], object)[candidates.similarities[:, k].argmax(1)]
+        if k and kind not in own: t[kind] = np.array([kinds[i][1] for i in k], object)[candidates.similarities[:, k].argmax(1).numpy()]
     ratio, pooled = torch.zeros(len(x)), None
     for e in y.unique().tolist():
         mine = real.labels == e
         if int(mine.sum()) >= max(thresholds.min_images, thresholds.k + 1): part, edge = r[mine], knn_cosines(r[mine], thresholds.k)
         else: pooled = pooled if pooled is not None else knn_cosines(r, thresholds.k); part, edge = r, pooled      # too few of its own
         ratio[y == e] = in_range(x[y == e], part, edge)
-    t["range"] = ratio; distance, index = nearest(x, r); t["nearest_real"], t["real_distance"] = index, distance
+    distance, index = nearest(x, r); t["range"], t["nearest_real"], t["real_distance"] = ratio.numpy(), index.numpy(), distance.numpy()
     return pd.concat([t.drop(columns=[c for c in t if c in own]), own], axis=1)
 
 # %% ../nbs/15_filtering.ipynb #cell-35

@@ -282,19 +282,19 @@ def load_clip(folder=None):
 
 def load_diffusion(folder=None):
     "The mini `StableDiffusionPipeline`, float32, from `folder` or as shipped."
-    return StableDiffusionPipeline.from_pretrained(folder or mini_folder("diffusion")).to(dtype=torch.float32)
+    return StableDiffusionPipeline.from_pretrained(folder or mini_folder("diffusion"), dtype=torch.float32)
 
 # %% ../nbs/03_foundation.ipynb #cell-37
 def sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-def ship(run_folder, part, destination):
-    "Copy `part` ('clip' or 'diffusion') of the finished run `run_folder` to `destination` and enter it in the manifest there."
+def ship(run_folder, part, destination, notebook=None):
+    "Copy `part` ('clip', 'diffusion', 'judge' or 'uniemo') of the finished run `run_folder` of `notebook` (default: pretrain_<part>) to `destination` and enter it in the manifest there."
     run_folder, destination = Path(run_folder), Path(destination); target = destination / part
     if target.exists(): shutil.rmtree(target)
     shutil.copytree(run_folder / part, target)
     path = destination / "manifest.json"; manifest = json.loads(path.read_text()) if path.exists() else {}
     hashes = {str(p.relative_to(destination)): sha256(p) for p in sorted(target.rglob("*")) if p.is_file()}
-    manifest[part] = dict(world=WORLD_VERSION, notebook=f"pretrain_{part}", parameters=json.loads((run_folder / "params.json").read_text()), scores=json.loads((run_folder / "summary.json").read_text()), sha256=hashes)
+    manifest[part] = dict(world=WORLD_VERSION, notebook=notebook or f"pretrain_{part}", parameters=json.loads((run_folder / "params.json").read_text()), scores=json.loads((run_folder / "summary.json").read_text()), sha256=hashes)
     path.write_text(json.dumps(manifest, indent=1))
     return manifest[part]
 

@@ -66,7 +66,7 @@ def _torchmetrics(module, name):
     try: return getattr(__import__(f"torchmetrics.image.{module}", fromlist=[name]), name)
     except ModuleNotFoundError as e:
         if not (e.name or "").startswith(("torchmetrics", "lightning_utilities")): raise
-        raise ImportError(f"{name} comes from torchmetrics, which is not installed: pip install 'uniemo[metrics]'") from None
+        raise ImportError(f"{name} comes from torchmetrics, which is not installed: pip install torchmetrics") from None
 
 class _Features(nn.Module):
     "Passes features through where torchmetrics expects a network."

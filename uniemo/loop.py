@@ -33,10 +33,10 @@ from .mini import OBJECTS, SCENES, draw_spec, paint, true_table
 from .pipeline import UniEmoPipeline
 from .queries import ExpertQueryModel
 from .space import fit_space
-from .training import MemoryData, Trainer
+from .training import MemoryData, Trainer, Validate
 from .understanding import UnderstandingConfig, UnderstandingStage
 
-# %% ../nbs/15b_loop.ipynb #cell-05
+# %% ../nbs/15b_loop.ipynb #cell-06
 def code_hash():
     "Of all of the package's source."
     h = hashlib.sha256()
@@ -70,7 +70,7 @@ def metrics_of(folder): "What a stage measured."; return json.loads((Path(folder
 def _history(folder, trainer): pd.DataFrame(trainer.history).to_json(Path(folder) / "history.jsonl", orient="records", lines=True)
 def _write(folder, **metrics): (Path(folder) / "metrics.json").write_text(json.dumps(metrics, indent=1))
 
-# %% ../nbs/15b_loop.ipynb #cell-07
+# %% ../nbs/15b_loop.ipynb #cell-08
 class World:
     "Splits `train`, `val`, `test` (tensors by name, or data sets that are too large for memory), attribute `names` (scene, object), `emotions`, and in the mini world the `specs` of each split."
     def __init__(self, splits, names, emotions, specs=None): self.splits, self.names, self.emotions, self.specs = splits, names, emotions, specs
@@ -103,7 +103,7 @@ def load_world(data, view=View(64), workers=1):
     for t in tensors.values(): t["images"] = t["images"].round().clamp(0, 255).byte()
     return World(tensors, names, first.emotions)
 
-# %% ../nbs/15b_loop.ipynb #cell-10
+# %% ../nbs/15b_loop.ipynb #cell-11
 def _diffusion(name): return mini_folder("diffusion") if name == "mini" else name
 def _source(name): return mini_folder("clip") if name == "mini" else name
 
@@ -134,7 +134,7 @@ def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, e
     _history(folder, trainer); _write(folder, best_step=best, steps=trainer.step, images=len(train["label"]), **stage.evaluate(found["test"]), **{f"val_{k}": v for k, v in stage.evaluate(found["val"]).items()})
     shutil.rmtree(Path(folder) / "checkpoints")
 
-# %% ../nbs/15b_loop.ipynb #cell-12
+# %% ../nbs/15b_loop.ipynb #cell-13
 def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", space="lowrank", rank=8, mapper=None, smoothing=1., workers=1, run=None, progress=False):
     "Stage 2 from the stage-1 folder `encoder`: the table from the training annotations, joint training, the emotion space; the pipeline's own parts in `folder/pipeline`."
     config = JointConfig(**config); torch.manual_seed(config.seed); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model")
@@ -147,20 +147,27 @@ def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", spac
     fuse = PseudoWordMapper(model.config.backbone_config.hidden_size, pipe.text_encoder.config.hidden_size, **(mapper or {}))
     stage = JointStage(model, fuse, retriever, pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config, scene_text=text["scene"], object_text=text["object"])
     trainer = Trainer(stage, config, MemoryData(train, flip_together), val, folder=Path(folder) / "checkpoints", run=run, progress=progress).fit(); best = trainer.load_best()
-    test = trainer.predict({k: v for k, v in world["test"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["test"]["images"], pipe))))
+    test = _read(stage, world["test"])
     clean = {k: world["train"][k] for k in ("pixel_values", "label")}
     batches = ({k: v[i:i + 100] for k, v in clean.items()} for i in range(0, len(clean["label"]), 100))
     own = UniEmoPipeline.from_diffusion(pipe, stage.model, stage.mapper, retriever, fit_space(batches, stage.model, emotions=world.emotions.names, kind=space, rank=rank))
     own.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=str(diffusion))
     save_file({f"test.{n}": v.contiguous() for n, v in test.items()}, Path(folder) / "predictions.safetensors"); _history(folder, trainer)
-    _write(folder, best_step=best, steps=trainer.step, **stage.evaluate(test)); shutil.rmtree(Path(folder) / "checkpoints")
+    validated = next(c.metrics for c in trainer.callbacks if isinstance(c, Validate))
+    _write(folder, best_step=best, steps=trainer.step, **UnderstandingStage.evaluate(stage, test), **{f"val_{k}": v for k, v in validated.items()}); shutil.rmtree(Path(folder) / "checkpoints")
+
+@torch.no_grad()
+def _read(stage, tensors, batch_size=100):
+    "The encoder's predictions for a split, without the diffusion model."
+    parts = [UnderstandingStage.predict(stage.eval(), {k: v[i:i + batch_size] for k, v in tensors.items() if k != "images"}) for i in range(0, len(tensors["label"]), batch_size)]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 def vae_pixels(images, pipe):
     "uint8 images [n, 3, H, W] at the diffusion model's size, float in [-1, 1]."
     size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1); x = images.float() / 127.5 - 1
     return x if x.shape[-1] == size else torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
-# %% ../nbs/15b_loop.ipynb #cell-14
+# %% ../nbs/15b_loop.ipynb #cell-15
 def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>", num_inference_steps=20, guidance_scale=4., batch_size=16, progress=False, **settings):
     "Images of every emotion by the pipeline in the stage-2 folder `pipeline`: `images.npz` (uint8 [n, H, W, 3]) and `table.csv`."
     pipe = UniEmoPipeline.from_pretrained(Path(pipeline) / "pipeline"); pipe.set_progress_bar_config(disable=not progress); rows, images = [], []
@@ -172,7 +179,7 @@ def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>",
 
 def read_candidates(folder): "Images uint8 [n, H, W, 3] and their table."; return np.load(Path(folder) / "images.npz")["images"], pd.read_csv(Path(folder) / "table.csv")
 
-# %% ../nbs/15b_loop.ipynb #cell-16
+# %% ../nbs/15b_loop.ipynb #cell-17
 def _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size):
     "Images of `jobs`: rows (emotion, seed, prompt, word or None, scene, object)."
     pipe.set_progress_bar_config(disable=True); images = []
@@ -207,7 +214,7 @@ def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini"
     jobs = [dict(emotion=n, seed=seed * 10**6 + e * num_per_emotion + i, prompt=config.prompt, word=stage.words[e:e + 1].detach()) for e, n in enumerate(world.emotions.names) for i in range(num_per_emotion)]
     _history(folder, trainer); shutil.rmtree(Path(folder) / "checkpoints"); _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size)
 
-# %% ../nbs/15b_loop.ipynb #cell-18
+# %% ../nbs/15b_loop.ipynb #cell-19
 def scores(folder, data, candidates, real="test", as_released=False):
     "All generation metrics of the folder `candidates` by the mini world's networks, against its `real` split: `scores.csv`."
     images, table = read_candidates(candidates); world = load_world(data); named = "scene" in table and table.scene.notna().all()
@@ -215,7 +222,7 @@ def scores(folder, data, candidates, real="test", as_released=False):
     out = evaluate_generation(images, list(table.emotion), world[real]["images"].permute(0, 2, 3, 1).numpy(), prompts=prompts, emotion_set=world.emotions, as_released=as_released, **mini_networks())
     out.to_csv(Path(folder) / "scores.csv"); _write(folder, **out.value.to_dict())
 
-# %% ../nbs/15b_loop.ipynb #cell-20
+# %% ../nbs/15b_loop.ipynb #cell-21
 def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, backbone="mini", workers=1, **settings):
     "What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels)."
     images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
@@ -239,7 +246,7 @@ def _kept_tensors(folder, view, world):
     if world.names["object"]: out["objects"] = torch.tensor([[n == o for n in world.names["object"]] for o in table.object])
     return out
 
-# %% ../nbs/15b_loop.ipynb #cell-22
+# %% ../nbs/15b_loop.ipynb #cell-23
 def further_real(folder, num_images, seed=0):
     "A kept set of real mini images, drawn like the training images."
     specs = [draw_spec(2000 + seed, i) for i in range(num_images)]; d = paint(specs, workers=1, progress=False)

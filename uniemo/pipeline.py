@@ -136,16 +136,16 @@ def save_pretrained(self: UniEmoPipeline, folder, whole=True, diffusion=None, **
 
 @patch(cls_method=True)
 def from_pretrained(cls: UniEmoPipeline, name="mini", **kwargs):
-    "From 'mini' (shipped), a folder of `save_pretrained`, or a hub id; `kwargs` (such as `torch_dtype`) to diffusers."
+    "From 'mini' (shipped), a folder of `save_pretrained`, or a hub id; `kwargs` (such as `dtype`) to diffusers."
     folder = mini_folder("uniemo") if name == "mini" else Path(name)
     if not folder.exists() and name != "mini" and "/" in str(name): folder = Path(snapshot_download(str(name)))
     if not (folder / OWN).exists(): raise FileNotFoundError(f"{folder} holds no UniEmo pipeline: it has no {OWN}. Give 'mini', a folder that save_pretrained wrote, or a hub id")
     about = json.loads((folder / OWN).read_text()); base = about["diffusion"]
     if base is None: pipe = super(UniEmoPipeline, cls).from_pretrained(folder, **kwargs)
     else:
-        dtype = kwargs.get("torch_dtype", torch.float32); beside = folder / base
-        diffusion = StableDiffusionPipeline.from_pretrained(mini_folder("diffusion") if base == "mini" else beside if beside.exists() else base, safety_checker=None, **{"torch_dtype": dtype, **kwargs})
-        own = [ExpertQueryModel.from_pretrained(folder / "encoder", dtype=dtype), *(c.from_pretrained(folder / n, torch_dtype=dtype) for n, c in (("mapper", PseudoWordMapper), ("retriever", Retriever)))]
+        dtype = kwargs.pop("dtype", torch.float32); beside = folder / base
+        diffusion = StableDiffusionPipeline.from_pretrained(mini_folder("diffusion") if base == "mini" else beside if beside.exists() else base, safety_checker=None, **{"dtype": dtype, **kwargs})
+        own = [ExpertQueryModel.from_pretrained(folder / "encoder", dtype=dtype), *(c.from_pretrained(folder / n, dtype=dtype) for n, c in (("mapper", PseudoWordMapper), ("retriever", Retriever)))]
         pipe = cls.from_diffusion(diffusion, *own); pipe.diffusion = base
     pipe.space = EmotionSpace.load(folder / "space.safetensors") if (folder / "space.safetensors").exists() else None
     return pipe

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
-EXPERIMENTS = "quickstart tour understanding experts joint evaluate feedback emoset pretrain_clip pretrain_diffusion pretrain_judge".split()  # reading order; others follow by name
+EXPERIMENTS = "quickstart tour understanding experts joint evaluate controls feedback emoset pretrain_clip pretrain_diffusion pretrain_judge".split()  # reading order; others follow by name
 
 def read(path): return json.loads(Path(path).read_text(encoding="utf-8"))
 def text(field): return field if isinstance(field, str) else "".join(field)

@@ -83,9 +83,13 @@ def test_quickstart(tmp_path):
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
 
 def test_evaluate(tmp_path):
-    run = start("evaluate", dict(TINY, seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo"], num_train=32, num_per_emotion=2), tmp_path, progress=False)
+    run = start("evaluate", dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo"], num_train=32, num_per_emotion=2), tmp_path, progress=False)
     table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
+    assert {"emo_a_UniEmo", "accuracy_stage_1_continued", "accuracy_joint_training"} <= set(run.summary())
 
 def test_feedback(tmp_path):
     run = start("feedback", dict(TINY, sizes=[32], seeds=[0], num_per_emotion=2, max_kept=2, num_test=40), tmp_path, progress=False)
     assert "real only" in set(pd.read_csv(run.dir / "results.csv").arm)
+
+def test_controls(tmp_path):
+    run = start("controls", dict(intensities=[0., 1.], strengths=[.5], num_images=1, num_inference_steps=1, num_threads=1), tmp_path, progress=False); assert {"spearman_intensity", "plane_accuracy", "kept_last"} <= set(run.summary())

@@ -122,9 +122,11 @@ def loss(self: JointStage, batch, counts=None):
     words, found = self.words(out, target if target.ndim == 1 else target / target.sum(1, keepdim=True))
     understanding = self.understanding(out, batch, counts)
     condition = condition_loss(word_logits(self.model.head, words, self.bridge), batch["label"], out.logits, self.config.condition_weights, self.config.margin)
-    latents = self.latents(batch); noise = torch.randn_like(latents)
-    t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-    diff = diffusion_loss(*self.denoise(latents, self.prompt_embeds(words), noise, t))
+    diff = words.new_zeros(())
+    if self.config.joint_weights[2]:                                        # a control without the diffusion model's say need not ask it
+        latents = self.latents(batch); noise = torch.randn_like(latents)
+        t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        diff = diffusion_loss(*self.denoise(latents, self.prompt_embeds(words), noise, t))
     return dict(loss=joint_loss(understanding["loss"], condition["loss"], diff, self.config.joint_weights), loss_diff=diff, loss_u=understanding["loss"], loss_ce=condition["loss_ce"], loss_tri=condition["loss_tri"],
                 **{k: v for k, v in understanding.items() if k != "loss"}, accuracy=(out.logits.detach().argmax(1) == batch["label"]).float().mean())
 

@@ -32,6 +32,7 @@ def _tensor(x, dtype=torch.float32):
     "On the CPU, whatever it was; an array that may not be written to is copied."
     return torch.as_tensor(np.require(x, requirements="W") if not torch.is_tensor(x) else x.detach()).to("cpu", dtype)
 
+# %% ../nbs/15_filtering.ipynb #cell-07
 @dataclass
 class Evidence:
     """N images as the filter sees them: `features` [N, d] of a frozen encoder (kept on the CPU), `labels` [N] (of a candidate: the wanted emotion), and unless they only serve as the real
@@ -70,7 +71,7 @@ class Evidence:
         i = np.arange(len(self))[index if isinstance(index, slice) else np.asarray(index)]; part = lambda v: None if v is None else v[i]
         return Evidence(self.features[i], self.labels[i], part(self.logits), part(self.similarities), self.attributes, self.table.iloc[i], self.name)
 
-# %% ../nbs/15_filtering.ipynb #cell-10
+# %% ../nbs/15_filtering.ipynb #cell-11
 def _listed(images, labels, table):
     "A function that opens image i, their number, labels and table, of whatever `images` is."
     if isinstance(images, EmotionData):
@@ -105,7 +106,7 @@ def gather_evidence(images, labels=None, *, clip, tokenizer, classifier=None, vi
     features = F.normalize(torch.cat(features), dim=-1)
     return Evidence(features, labels, torch.cat(logits) if logits else None, features @ text.T if names else None, names or None, table, name)
 
-# %% ../nbs/15_filtering.ipynb #cell-17
+# %% ../nbs/15_filtering.ipynb #cell-18
 SAME = 1e-4                                              # unit features closer than this are those of the same image
 
 def _blocks(n, size=2048): return [slice(b, min(b + size, n)) for b in range(0, n, size)]
@@ -136,7 +137,7 @@ def in_range(x, real, edge, block=2048):
         for r in _blocks(len(real), 4 * block): out[b] = torch.minimum(out[b], ((1 - x[b] @ real[r].T).clamp_(min=0) * scale[r]).amin(1))
     return out.sqrt()
 
-# %% ../nbs/15_filtering.ipynb #cell-19
+# %% ../nbs/15_filtering.ipynb #cell-20
 @dataclass(frozen=True)
 class FilterThresholds:
     "What the filter asks, one number an emotion: `confidence` tau, attribute `margin` mu, `copy_distance` delta; the `temperature`; and how they were fitted (`images`: validation images an emotion)."
@@ -167,7 +168,7 @@ class FilterThresholds:
         if unknown or not {"emotions", "temperature"} <= set(d): raise ValueError(f"{path} holds no filter thresholds: {f'unknown key {unknown[0]!r}' if unknown else 'emotions or temperature missing'}; known are {', '.join(known)}")
         return cls(**d)
 
-# %% ../nbs/15_filtering.ipynb #cell-20
+# %% ../nbs/15_filtering.ipynb #cell-21
 def attribute_margin(similarities): "The best cosine minus the mean over all names, [N]."; s = _tensor(similarities); return s.amax(1) - s.mean(1)
 
 def own_confidence(logits, labels, temperature=1.): "softmax(logits / T) of each image's own label, [N]."; return np.take_along_axis(with_temperature(logits, temperature), np.asarray(labels)[:, None], 1)[:, 0]
@@ -190,7 +191,7 @@ def fit_thresholds(validation, real, emotions=MIKELS, quantile=.25, k=5, copy_qu
     values = {f: tuple(float(np.quantile(v[own(e)], q)) for e in range(len(emotions))) for f, (v, q) in scores.items()}
     return FilterThresholds(tuple(emotions), T, **values, images=tuple(np.bincount(y, minlength=len(emotions)).tolist()), quantile=quantile, copy_quantile=copy_quantile, k=k, min_images=min_images)
 
-# %% ../nbs/15_filtering.ipynb #cell-24
+# %% ../nbs/15_filtering.ipynb #cell-25
 def _similarity(x, limit):
     "A function index -> rows of [cos]+ between unit rows x [n, d]: from a matrix where it fits into `limit` bytes, else computed each time."
     n = len(x)
@@ -229,7 +230,7 @@ def facility_location(features, k, groups=None, cap=None, min_distance=0., limit
 
 def facility_value(features, chosen): "sum_i max over `chosen` j of [cos(x_i, x_j)]+."; x = unit(features); return float((x @ x[list(chosen)].T).clamp(min=0).amax(1).double().sum())
 
-# %% ../nbs/15_filtering.ipynb #cell-31
+# %% ../nbs/15_filtering.ipynb #cell-32
 def score_candidates(candidates, real, thresholds):
     """DataFrame [N]: `emotion` (wanted), `predicted`, `confidence`, best `attribute` and its `margin`, `range` (distance over radius, at most 1 inside), `nearest_real`, `real_distance`, the
     likeliest `scene` and `object` unless they are known, and the candidates' own table. `real`: `Evidence` of the training images, features and labels."""
@@ -251,7 +252,7 @@ def score_candidates(candidates, real, thresholds):
     distance, index = nearest(x, r); t["range"], t["nearest_real"], t["real_distance"] = ratio.numpy(), index.numpy(), distance.numpy()
     return pd.concat([t.drop(columns=[c for c in t if c in own]), own], axis=1)
 
-# %% ../nbs/15_filtering.ipynb #cell-35
+# %% ../nbs/15_filtering.ipynb #cell-36
 CRITERIA = ("faithful", "clear", "in range", "diverse")
 REASONS = {"wrong emotion": "faithful", "low confidence": "faithful", "unclear": "clear", "out of range": "in range", "copy": "in range", "near-duplicate": "diverse", "attribute full": "diverse", "surplus": "diverse"}
 
@@ -285,7 +286,7 @@ def _choose(t, candidates, thresholds, max_kept, cap, cap_by, criteria):
         else: chosen, rest = np.arange(len(i))[:max_kept], np.arange(len(i))[max_kept:]
         t.loc[i[chosen], "rank"] = np.arange(len(chosen)); t.loc[i[rest], "reason"] = "surplus"; t.loc[i[rest], "detail"] = f"{max_kept} of {name} are kept"
 
-# %% ../nbs/15_filtering.ipynb #cell-36
+# %% ../nbs/15_filtering.ipynb #cell-37
 def filter_candidates(candidates, real, thresholds, max_kept=1000, cap=.25, cap_by=None, criteria=CRITERIA):
     """The table of `score_candidates` with `kept`, the first `reason` each other one was dropped for (see `REASONS`), its `detail`, and the `rank` of the choice. `max_kept`: M an emotion; `cap`: how many
     may share an attribute, a number or a share of M; `cap_by`: columns of attributes (default: scene and object, else the best attribute). Fewer `criteria` for comparison; without "diverse" the first M stay."""
@@ -308,7 +309,7 @@ def filter_summary(table, emotions=MIKELS):
     t = pd.crosstab(table.emotion, table.reason).reindex(index=list(emotions), columns=["", *REASONS], fill_value=0).rename(columns={"": "kept"}); t.insert(0, "candidates", t.sum(axis=1))
     t.loc["all"] = t.sum(); t.index.name = t.columns.name = None; return t
 
-# %% ../nbs/15_filtering.ipynb #cell-46
+# %% ../nbs/15_filtering.ipynb #cell-47
 def plot_filtered(table, images, emotion=None, columns=8, title=None):
     "Kept candidates and those dropped for each reason, a row each, of one `emotion` or of all; `images`: one a row of `table`, Pillow or uint8 arrays, or None to read its `path`. Returns the figure."
     t = table if emotion is None else table[table.emotion == emotion]; rows = [("kept", t[t.kept].sort_values("rank"))] + [(r, t[t.reason == r]) for r in REASONS]; rows = [(r, d) for r, d in rows if len(d)]
@@ -326,7 +327,7 @@ def plot_filtered(table, images, emotion=None, columns=8, title=None):
         fig.suptitle(title or f"{int(t.kept.sum())} of {len(t)} candidates{f' of {emotion}' if emotion else ''} are kept; most are dropped as {t.reason[t.reason != ''].mode().iloc[0] if (t.reason != '').any() else 'none'}", x=.01, ha="left", fontsize=10.5, weight="bold")
     return fig
 
-# %% ../nbs/15_filtering.ipynb #cell-49
+# %% ../nbs/15_filtering.ipynb #cell-50
 def coverage_scores(features, real, k=5):
     "dict of a set of images [N, d] against real ones [R, d]: `images`, `precision`, `coverage`, and `diversity`, the mean of 1 - cos over pairs."
     x, r = unit(features), unit(real); edge = knn_cosines(r, k); covered = torch.zeros(len(r), dtype=torch.bool); n = len(x)
@@ -340,7 +341,7 @@ def coverage_table(table, candidates, real, k=5):
     rows = {name: coverage_scores(candidates.features[np.flatnonzero(m)], real.features, k) | (dict(label_error=float((table.truth[m] != table.emotion[m]).mean())) if "truth" in table else {}) for name, m in sets.items() if m.any()}
     return pd.DataFrame(rows).T.astype(dict(images=int))
 
-# %% ../nbs/15_filtering.ipynb #cell-51
+# %% ../nbs/15_filtering.ipynb #cell-52
 def plot_coverage(table, candidates, real, title=None):
     "Real images, all candidates and the kept ones in the two main directions of the real features. Returns the figure."
     r, x = unit(real.features), unit(candidates.features); mean = r.mean(0); axis = torch.linalg.eigh((r - mean).T @ (r - mean)).eigenvectors[:, -2:].flip(1)
@@ -355,7 +356,7 @@ def plot_coverage(table, candidates, real, title=None):
         if title: fig.suptitle(title, x=.01, ha="left", fontsize=10.5, weight="bold")
     return fig
 
-# %% ../nbs/15_filtering.ipynb #cell-56
+# %% ../nbs/15_filtering.ipynb #cell-57
 SCORES = ("confidence", "margin", "range", "real_distance", "rank")
 
 def _plain(v):
@@ -379,7 +380,7 @@ def _note(r, image_id, tables):
     rest = {k: _plain(r[k]) for k in r.index if k not in ("emotion", "scene", "object", "kept", "reason", "detail", *SCORES)}
     return note | dict(generated=dict(emotion=r.emotion, attributes={k: _plain(r[k]) for k in ("scene", "object") if k in r}, scores={k: _plain(r[k]) for k in SCORES}, **rest))
 
-# %% ../nbs/15_filtering.ipynb #cell-57
+# %% ../nbs/15_filtering.ipynb #cell-58
 def write_kept(table, folder, like, images=None, split="train", thresholds=None, prefix="generated", quality=95, progress=False):
     """Write what `table` keeps as a data set in EmoSet's format into the new `folder`, and return its path. `like`: the real `EmoSet` (or its folder), whose label file is taken;
     `images`: one a row of the table, paths, Pillow images or uint8 arrays (default: the column `path`); files that are no JPEG are saved as such with `quality`."""

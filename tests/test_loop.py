@@ -76,14 +76,14 @@ def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
 TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_threads=1)
 
 def test_joint_experiment(tmp_path):
-    run = start("joint", dict(TINY, num_train=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
+    run = start("joint", dict(TINY, num_train=32, num_test=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
 
 def test_quickstart(tmp_path):
-    run = start("quickstart", dict(TINY, num_train=48, num_per_emotion=2, max_kept=2), tmp_path, progress=False)
+    run = start("quickstart", dict(TINY, num_train=48, num_test=32, num_per_emotion=2, max_kept=2), tmp_path, progress=False)
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
 
 def test_evaluate(tmp_path):
-    run = start("evaluate", dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo"], num_train=32, num_per_emotion=2), tmp_path, progress=False)
+    run = start("evaluate", dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo"], num_train=32, num_test=40, num_per_emotion=2), tmp_path, progress=False)
     table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
     assert {"emo_a_UniEmo", "accuracy_stage_1_continued", "accuracy_joint_training"} <= set(run.summary())
 

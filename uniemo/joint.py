@@ -64,7 +64,8 @@ def pseudo_words(encoder, mapper, retriever, c, s, o, emotion):
     mapped, ask = retriever.config.retrieval == "mapped", {}
     for kind, x in (("scene", s), ("object", o)):
         network = getattr(mapper, f"mapper_{kind}") if mapped else getattr(encoder, f"{kind}_projection")
-        ask[kind] = network(x) if network is not None and retriever.config[f"{kind}_names"] else None
+        if network is None or not retriever.config[f"{kind}_names"]: ask[kind] = None; continue
+        ask[kind] = network(x.to(next(network.parameters()).device)).to(x.device)    # a part of an offloaded model stays where it is
     found = retriever(ask["scene"], ask["object"], emotion)
     return mapper(c, s, o, found.alpha_scene, found.alpha_object), found
 

@@ -10,6 +10,7 @@ __all__ = ['code_hash', 'Store', 'settings_of', 'metrics_of', 'World', 'paint_sp
 # %% ../nbs/15b_loop.ipynb #cell-03
 import hashlib, inspect, json, os, shutil, time
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +94,12 @@ def mini_world(num_train=1000, num_val=400, num_test=2000, seed=0, view=View(64)
     specs = dict(train=[draw_spec(1000 + seed, i) for i in range(num_train)], val=[draw_spec(1000 + seed, 10**6 + i) for i in range(num_val)], test=[draw_spec(999, i) for i in range(num_test)])
     return World({k: paint_split(s, view, workers) for k, s in specs.items()}, dict(scene=list(SCENES), object=list(OBJECTS)), MIKELS, specs)
 
+@lru_cache(maxsize=1)                                                      # stages in a row ask for the same world
+def _painted(data, view, workers): return mini_world(**json.loads(data), view=view, workers=workers)
+
 def load_world(data, view=View(64), workers=1):
     "The `World` of `data`: parameters of `mini_world`, or the path of a data set with splits train, val and test whose images fit into memory."
-    if isinstance(data, dict): return mini_world(**data, view=view, workers=workers)
+    if isinstance(data, dict): return _painted(json.dumps(data, sort_keys=True), view, workers)
     splits = {k: load_data(data, k) for k in ("train", "val", "test")}
     for d in splits.values(): d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); d.transform.views["images"] = View(view.size, (0., 0., 0.), (1 / 255,) * 3)
     first = splits["train"]; names = dict(scene=first.scene_names, object=first.object_names)

@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
 SKIP := ^([_.]|experiments$$|benchmarks$$)
 
-.PHONY: help run test test-kill env hooks docs readme prepare benchmarks pretrain dist clean
+.PHONY: help run test test-kill env hooks docs readme prepare benchmarks fullsize pretrain dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,6 +54,9 @@ prepare: env ## before a commit: export, clean, side bar, README
 
 benchmarks: env ## run nbs/benchmarks and keep their outputs
 	for nb in $(wildcard nbs/benchmarks/*.ipynb); do jupyter nbconvert --to notebook --execute --inplace $$nb && nbdev_clean --fname $$nb || exit 1; done
+
+fullsize: env ## CLIP ViT-L/14 and Stable Diffusion 1.5 with random weights on the CPU: peak memory and time (about 10 GB, some minutes)
+	python tests/fullsize.py --out tests/fullsize.json
 
 pretrain: env ## train the mini world's foundation models anew (about 3 hours on two cores)
 	uniemo run pretrain_clip

@@ -156,7 +156,7 @@ def generate_step(p, batch_size, guidance=True):
 # %% ../nbs/15c_estimate.ipynb #cell-21
 STAGES = ("understanding", "joint", "generation")
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16)       # fp16 takes what bf16 takes
-PROGRAM = dict(cpu=.75e9, cuda=.6e9)                     # Python with its libraries; a GPU's context
+PROGRAM = dict(cpu=.6e9, cuda=.6e9)                      # Python with its libraries; a GPU's context
 
 @contextmanager
 def _fake(dtype=torch.float32):
@@ -185,9 +185,9 @@ def _measure(stage, config, diffusion, batch, passes, names, dtype):
     return {**rows, "optimiser": (2 * trained, 8 * trained), "gradients": (trained, gradients), "activations": (0, work)}
 
 # %% ../nbs/15c_estimate.ipynb #cell-22
-def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), batch_size=None, diffusion=None, names=(254, 409), device=None, processes=1, num_images=8, **settings):
+def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), diffusion=None, names=(254, 409), device=None, processes=1, num_images=8, **settings):
     """DataFrame, indexed by stage and part, of `parameters` and GB in each of `precisions` ('fp32', 'bf16') at the peak of one process. `config`: a preset's name with changes in `settings`, or
-    an `UnderstandingConfig` (stage 1) or `JointConfig` (stage 2, generation). `batch_size`: images a pass, else the setting's; `num_images`: of a batch in generation; `diffusion`: else what belongs to the backbone."""
+    an `UnderstandingConfig` (stage 1) or `JointConfig` (stage 2, generation). `num_images`: of a batch in generation; `diffusion`: else what belongs to the backbone."""
     given = not isinstance(config, str); device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stages = stages or (STAGES if not given else STAGES[1:] if isinstance(config, JointConfig) else STAGES[:1])
     for kind, asked, known in (("stage", stages, STAGES), ("precision", precisions, PRECISIONS), ("device", [device], PROGRAM)):
@@ -196,7 +196,7 @@ def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), batch_si
     for stage in stages:
         kind = UnderstandingConfig if stage == "understanding" else JointConfig
         c = config if given else kind.preset(config, **{k: v for k, v in settings.items() if k in own[kind]})
-        micro, passes = split_batch(c.batch_size, batch_size or c.micro_batch, processes)
+        micro, passes = split_batch(c.batch_size, c.micro_batch, processes)
         own_diffusion = diffusion or ("mini" if c.backbone == "mini" else SD); columns = {}
         for precision in precisions:
             rows = _measure(stage, c, own_diffusion, num_images if stage == "generation" else micro, passes, names, PRECISIONS[precision])

@@ -50,6 +50,7 @@ def quiet():
     try: yield
     finally: hf_logging.set_verbosity(level); bar and hf_logging.enable_progress_bar()
 
+# %% ../nbs/04_backbones.ipynb #cell-09b-1
 class Backbone:
     "A view of a vision model of `transformers`: `embed`, `layers`, `run`, `final`, and what the model knows of itself. Owns no weights."
     def __init__(self, model, image_mean=None, image_std=None):

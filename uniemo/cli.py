@@ -118,11 +118,13 @@ def _plain(text):
 
 def do_estimate(args):
     "uniemo estimate"
+    from transformers.utils import logging; logging.set_verbosity_error()
     from uniemo.estimate import JointConfig, estimate
     name, changes = (args.name, {k: _plain(v) for k, v in args.pairs.items()}) if args.name in JointConfig.presets else _of_experiment(args.name, args.pairs)
     try: t = estimate(name, args.stage, device=args.device, **changes)
     except TypeError as e: raise ValueError(e) from None                    # an unknown setting, or one of the wrong type
-    print(table([[*i, f"{n:,}" if n else "", *(f"{v:.2f}" for v in gb)] for i, (n, *gb) in zip(t.index, t.itertuples(index=False))], ["stage", "part", *t.columns])); print(f"backbone {t.attrs['backbone']}, diffusion {t.attrs['diffusion']}, on {t.attrs['device']}; of one process")
+    rows = [[stage if k == 0 else "", part, f"{n:,}" if n else "", *(f"{v:.2f}" for v in gb)] for stage, group in t.groupby(level=0, sort=False) for k, ((_, part), (n, *gb)) in enumerate(zip(group.index, group.itertuples(index=False)))]
+    print(table(rows, ["stage", "part", *t.columns])); print(f"backbone {t.attrs['backbone']}, diffusion {t.attrs['diffusion']}, on {t.attrs['device']}; of one process")
     return 0
 
 # %% ../nbs/18_cli.ipynb #cell-17

@@ -64,6 +64,7 @@ class Understanding:
         if not self.maps: return grid(self.images[:count], titles, ncols=min(count, len(self)))
         return plot_attention([np.asarray(_square(i)) for i in self.images[:count]], {k: v[:count] for k, v in self.maps.items()}, captions=titles)
 
+# %% ../nbs/14_pipeline.ipynb #cell-07
 @dataclass
 class Generated:
     "Generated `images` (Pillow) and, one each: wanted `emotion` (a name, or `awe 0.70 + fear 0.30`), `seed` and `index`, retrieved `scene` and `object`, the classifier's `confidence` in what was wanted and its own `predicted` emotion."
@@ -94,7 +95,7 @@ class Generated:
 
     def __add__(self, other): return Generated(**{k: None if v is None or getattr(other, k) is None else v + getattr(other, k) for k, v in vars(self).items()})
 
-# %% ../nbs/14_pipeline.ipynb #cell-08
+# %% ../nbs/14_pipeline.ipynb #cell-09
 class UniEmoPipeline(DiffusionPipeline):
     "The parts of a Stable Diffusion pipeline and of UniEmo: `encoder` (`ExpertQueryModel`), `mapper` (`PseudoWordMapper`), `retriever` (`Retriever`), `space` (`EmotionSpace`)."
     model_cpu_offload_seq = "encoder->mapper->text_encoder->unet->vae"
@@ -119,7 +120,7 @@ class UniEmoPipeline(DiffusionPipeline):
         pipe = cls(**{k: diffusion.components[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}, encoder=encoder.eval(), mapper=mapper.eval(), retriever=retriever.eval(), space=space)
         pipe.diffusion = name; return pipe
 
-# %% ../nbs/14_pipeline.ipynb #cell-10
+# %% ../nbs/14_pipeline.ipynb #cell-11
 OWN = "uniemo.json"
 
 @patch
@@ -150,7 +151,7 @@ def from_pretrained(cls: UniEmoPipeline, name="mini", **kwargs):
     pipe.space = EmotionSpace.load(folder / "space.safetensors") if (folder / "space.safetensors").exists() else None
     return pipe
 
-# %% ../nbs/14_pipeline.ipynb #cell-13
+# %% ../nbs/14_pipeline.ipynb #cell-14
 def pil_images(images):
     "Pillow images (RGB) of one or a list of: Pillow image, path, uint8 array [H, W, 3]; or of a batch: uint8 array [B, H, W, 3], float tensor [B, 3, H, W] in [0, 1]."
     if torch.is_tensor(images): images = (images.detach().cpu().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
@@ -187,7 +188,7 @@ def understand(self: UniEmoPipeline, images, batch_size=32):
     self.maybe_free_model_hooks()
     return Understanding(images, self.emotions, probabilities, names.get("scene"), names.get("object"), names_similarity, maps)
 
-# %% ../nbs/14_pipeline.ipynb #cell-17
+# %% ../nbs/14_pipeline.ipynb #cell-18
 @patch
 def check_inputs(self: UniEmoPipeline, emotion, prompt, num_images, reference, valence, arousal, image, strength, height, width, num_inference_steps, batch_size, intensity):
     "One clear error for whatever cannot be done; returns what each placeholder of the prompt asks for: {placeholder: emotion or mixture}."
@@ -216,7 +217,7 @@ def _say(emotion):
     "A mixture as a short text."
     return emotion if isinstance(emotion, str) else " + ".join(f"{e} {w:.2f}" for e, w in emotion.items())
 
-# %% ../nbs/14_pipeline.ipynb #cell-19
+# %% ../nbs/14_pipeline.ipynb #cell-20
 @patch
 def draw_words(self: UniEmoPipeline, wanted, generators, reference=None):
     "Pseudo-words {placeholder: [B, d_token]} and the attributes of the first: dict(scene=[...], object=[...]). `reference`: (c, s, o) [1, d] that stand for `<emotion>`."
@@ -229,7 +230,7 @@ def draw_words(self: UniEmoPipeline, wanted, generators, reference=None):
         names = names or {k: [self.retriever.names(k)[i] for i in getattr(found, k).tolist()] for k in ("scene", "object") if getattr(found, k) is not None}
     return words, names
 
-# %% ../nbs/14_pipeline.ipynb #cell-21
+# %% ../nbs/14_pipeline.ipynb #cell-22
 @patch
 def denoise(self: UniEmoPipeline, latents, embeds, timesteps, guidance_scale, intensity, generators, callback=None, callback_inputs=("latents",)):
     "Run the scheduler over `timesteps`; `embeds` [k, B, tokens, d]: negative, (neutral,) emotional."
@@ -257,7 +258,7 @@ def start_latents(self: UniEmoPipeline, generators, height, width, steps, pixels
     clean = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.mean.to(dtype) * self.vae.config.scaling_factor
     return self.scheduler.add_noise(clean, noise, t[:1].expand(len(noise))), t
 
-# %% ../nbs/14_pipeline.ipynb #cell-23
+# %% ../nbs/14_pipeline.ipynb #cell-24
 @patch
 @torch.no_grad()
 def generate(self: UniEmoPipeline, emotion=None, num_images=1, prompt="<emotion>", seed=0, *, reference=None, valence=None, arousal=None, image=None, strength=.5, intensity=1., guidance_scale=7.5,

@@ -131,6 +131,7 @@ def _labels(self:EmotionSpace, labels, n):
 def _open(self:EmotionSpace, what):
     if self.statistics is None: raise ValueError(f"this space holds finished distributions only, so it cannot {what}; save it with statistics=True where it is fitted")
 
+# %% ../nbs/13_space.ipynb #cell-18-1
 @patch
 def _fill(self:EmotionSpace, e, keys, rows):
     "Let the bank of emotion `e` have the triples with the smallest keys."
@@ -192,6 +193,7 @@ def distributions(self:EmotionSpace):
     self._finished = f
     return f
 
+# %% ../nbs/13_space.ipynb #cell-26-1
 @patch
 def _deviation(self:EmotionSpace, e, rng):
     "A draw of emotion `e` minus its mean, float32 [D]."
@@ -245,6 +247,7 @@ def save(self:EmotionSpace, path, statistics=False, **info):
     save_file(tensors, part, metadata={"uniemo.space": json.dumps(about)}); os.replace(part, path)
     return path
 
+# %% ../nbs/13_space.ipynb #cell-40-1
 @patch(cls_method=True)
 def load(cls:EmotionSpace, path):
     "The space in the file `path`."
@@ -268,6 +271,7 @@ def save_pretrained(self:EmotionSpace, folder, **kwargs):
     "Write `emotion_space.safetensors` into `folder`, as pipelines do with their parts."
     self.save(Path(folder) / "emotion_space.safetensors")
 
+# %% ../nbs/13_space.ipynb #cell-40-2
 @patch(cls_method=True)
 def from_pretrained(cls:EmotionSpace, folder, **kwargs):
     "The space that `save_pretrained` wrote into `folder`."

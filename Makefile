@@ -58,7 +58,7 @@ benchmarks: env ## run nbs/benchmarks and keep their outputs
 fullsize: env ## CLIP ViT-L/14 and Stable Diffusion 1.5 with random weights on the CPU: peak memory and time (about 10 GB, some minutes)
 	python tests/fullsize.py --out tests/fullsize.json
 
-pretrain: env ## train the mini world's foundation models anew (about 3 hours on two cores)
+pretrain: env ## train the mini world's foundation models anew (about 4 hours on two cores)
 	uniemo run pretrain_clip
 	uniemo run pretrain_diffusion
 	uniemo run pretrain_judge

@@ -2,7 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 
-import pandas as pd, pytest, torch
+import pytest, torch
 from transformers.utils import logging
 from uniemo.cli import main
 from uniemo.estimate import CLIP, SD, STAGES, Alive, _fake, build_parts, estimate, generate_step, random_batch, read_config, stand_in_tokenizer, train_step
@@ -48,16 +48,14 @@ def test_generation(paper):
     with _fake(): gradients, one = generate_step(paper, 1); _, two = generate_step(paper, 2)
     assert gradients == 0 and one < two < 2.2 * one
 
-def test_estimate_is_the_allocators_peak():
-    "Alive bytes against those that PyTorch's profiler saw in a real run of the mini world's joint step."
-    config = JointConfig.preset("mini", batch_size=4, cpu=True); torch.manual_seed(0)
-    with _fake(): fake = stage_of(config); expected = sum(train_step(fake, lambda: random_batch(config, 4, 64, (16, 24))))
-    real = stage_of(config); real.train(); now = peak = 0
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p:
-        loss = real(random_batch(config, 4, 64, (16, 24)))["loss"]; loss.backward(); del loss
-    for e in p.profiler.kineto_results.events():
-        if e.name() == "[memory]": now += e.nbytes(); peak = max(peak, now)
-    assert expected == pytest.approx(peak, rel=.15), f"{expected / 1e6:.1f} MB expected, {peak / 1e6:.1f} MB at the peak"
+def test_fake_tensors_take_what_real_ones_take():
+    "Bytes alive in a joint step of the mini world, without and with numbers; the weights themselves, which are viewed often, are not among them."
+    config = JointConfig.preset("mini", batch_size=4, cpu=True); batch = lambda: random_batch(config, 4, 64, (16, 24)); torch.manual_seed(0)
+    with _fake(): fake = train_step(stage_of(config), batch)
+    real = train_step(stage_of(config), batch); assert sum(fake) == pytest.approx(sum(real), rel=.02)
+    layer = torch.nn.Linear(1000, 1000); own = Alive(layer)
+    with own: layer(torch.zeros(1, 1000))
+    assert own.peak < 10_000
 
 def stage_of(config):
     p = build_parts(config, "mini", (16, 24))

@@ -102,8 +102,11 @@ def build_parts(config, diffusion=None, names=(254, 409), emotions=MIKELS):
 
 # %% ../nbs/15c_estimate.ipynb #cell-15
 class Alive(TorchDispatchMode):
-    "Within this context: bytes alive (`now`), their `peak`, and how many of the peak are `gradients` (of parameters given to `watch`)."
-    def __init__(self): super().__init__(); self.now = self.peak = self.gradients = 0; self.sizes, self.grads = weakref.WeakKeyDictionary(), weakref.WeakSet()
+    """Within this context: bytes alive (`now`), their `peak`, and how many of the peak are `gradients` (of parameters given to `watch`).
+    The weights of `modules` were there before and do not count, nor do views of them."""
+    def __init__(self, *modules):
+        super().__init__(); self.now = self.peak = self.gradients = 0; self.sizes, self.grads = weakref.WeakKeyDictionary(), weakref.WeakSet()
+        for m in modules: self.sizes.update({t.untyped_storage(): 0 for t in [*m.parameters(), *m.buffers()]})
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -131,7 +134,7 @@ def random_batch(config, size, vae_size=None, names=(254, 409), emotions=8):
 
 def train_step(stage, batch, passes=1, dtype=None):
     "Bytes (gradients, activations and work) at the peak of one step of `stage` on fake tensors."
-    trained = [p for p in stage.parameters() if p.requires_grad]; stage.train(); alive = Alive(); stop = alive.watch(trained)
+    trained = [p for p in stage.parameters() if p.requires_grad]; stage.train(); alive = Alive(stage); stop = alive.watch(trained)
     with alive:
         for _ in range(min(passes, 2)):
             with torch.autocast("cpu", dtype) if dtype else nullcontext(): loss = stage(batch())["loss"]
@@ -143,7 +146,7 @@ def train_step(stage, batch, passes=1, dtype=None):
 @torch.no_grad()
 def generate_step(p, batch_size, guidance=True):
     "Bytes at the peak of generation on fake tensors: text encoder, U-Net, autoencoder, and the encoder that tells the confidence."
-    unet, dtype, alive = p.unet, p.unet.dtype, Alive(); n, side = batch_size * (1 + guidance), unet.config.sample_size
+    unet, dtype, alive = p.unet, p.unet.dtype, Alive(*p.modules().values()); n, side = batch_size * (1 + guidance), unet.config.sample_size
     for m in p.modules().values(): m.eval()
     with alive:
         states = p.text_encoder(torch.zeros(n, p.text_encoder.config.max_position_embeddings, dtype=torch.long))[0].to(dtype)

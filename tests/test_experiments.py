@@ -2,7 +2,7 @@
 import json
 import pandas as pd, pytest
 from uniemo.mini import write_emoset
-from uniemo.runs import resume, start
+from uniemo.runs import RunFailed, resume, start
 
 TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
 
@@ -31,3 +31,21 @@ def test_experts_goes_on_where_it_was_stopped(tmp_path):
     assert len((run.dir/"metrics.jsonl").read_text().splitlines()) == 9 + 4                           # four were trained again
     pd.testing.assert_frame_equal(again, table)
     with pytest.raises(Exception, match="needs its steps"): start("experts", dict(params, steps=[2, 3]), tmp_path, progress=False)
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_emoset_stops_where_files_are_missing(tmp_path, monkeypatch, dry):
+    "Dry: it looks and says what is missing. Else it stops there, before anything is trained."
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path/"cache")); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"torch"))
+    params = dict(dry=dry, data=str(tmp_path/"nowhere"), emogen=str(tmp_path/"nothing"))
+    if dry: summary = start("emoset", params, tmp_path/"runs", progress=False).summary(); assert summary == dict(summary, dry=True, missing=21)
+    else:
+        with pytest.raises(RunFailed, match="21 of 21 files are missing.*info.json.*clip-vit-large-patch14.*stable-diffusion-v1-5"): start("emoset", params, tmp_path/"runs", progress=False)
+
+def test_emoset_by_parameters_only(tmp_path):
+    "The whole path, mini models in the place of the full ones: data read from files, latents made on the way, images, metrics; and once more where it was stopped."
+    tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True); data = write_emoset(tmp_path/"world", 64, progress=False, splits=(.5, .25, .25))
+    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion="mini", networks="mini", preset="mini", steps=2, num_images=2, num_inference_steps=2, batch_size=2, metric_size=64, num_real=16,
+                               understanding_settings=tiny, joint_settings=tiny, num_threads=1, progress=False), tmp_path/"runs", "tiny", progress=False)
+    summary = run.summary(); assert {"accuracy_stage1", "accuracy", "fid", "lpips", "emo_a", "sem_c", "sem_d"} <= set(summary) and not summary["dry"] and len(list((run.dir/"images").glob("*.png"))) == 16
+    (run.dir/"images/awe-0-1.png").unlink(); kept = (run.dir/"images/fear-0-0.png").stat().st_mtime_ns; run._set(status="interrupted"); again = resume(run, progress=False)
+    assert (run.dir/"images/awe-0-1.png").exists() and (run.dir/"images/fear-0-0.png").stat().st_mtime_ns == kept and again.summary()["fid"] == pytest.approx(summary["fid"], rel=1e-3)

@@ -6,7 +6,7 @@
 __all__ = ['CLIP', 'SD', 'WRITTEN_OUT', 'STAGES', 'PRECISIONS', 'PROGRAM', 'read_config', 'stand_in_tokenizer', 'Parts',
            'build_parts', 'Alive', 'random_batch', 'train_step', 'generate_step', 'estimate']
 
-# %% ../nbs/15c_estimate.ipynb #cell-03
+# %% ../nbs/15c_estimate.ipynb #cell-04
 import json, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from .queries import ExpertQueryConfig, ExpertQueryModel
 from .training import split_batch
 from .understanding import UnderstandingConfig, UnderstandingStage
 
-# %% ../nbs/15c_estimate.ipynb #cell-06
+# %% ../nbs/15c_estimate.ipynb #cell-07
 CLIP, SD = "openai/clip-vit-large-patch14", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 WRITTEN_OUT = {
     CLIP: dict(vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768, hidden_act="quick_gelu")),
@@ -58,7 +58,7 @@ def read_config(name, part):
         return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": PNDMScheduler}[part].load_config(folder, subfolder=part)
     except OSError as e: raise FileNotFoundError(f"no {part} configuration of {name!r}: {str(e).splitlines()[0]} Known without a file: mini, {', '.join(WRITTEN_OUT)}") from None
 
-# %% ../nbs/15c_estimate.ipynb #cell-09
+# %% ../nbs/15c_estimate.ipynb #cell-10
 def stand_in_tokenizer(vocab_size=49408, length=77):
     "A `CLIPTokenizer` of `vocab_size` tokens with made-up merges, for models whose weights are random."
     letters = sorted(ByteLevel.alphabet()); base = letters + [c + "</w>" for c in letters]; need = vocab_size - len(base) - 2
@@ -67,7 +67,7 @@ def stand_in_tokenizer(vocab_size=49408, length=77):
     tokens = base + [a + b for a, b in pairs] + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs, model_max_length=length, pad_token="<|endoftext|>")
 
-# %% ../nbs/15c_estimate.ipynb #cell-12
+# %% ../nbs/15c_estimate.ipynb #cell-13
 @dataclass
 class Parts:
     "Everything that joint training and generation need; `encoder` alone for stage 1."
@@ -100,7 +100,7 @@ def build_parts(config, diffusion=None, names=(254, 409), emotions=MIKELS):
     p.mapper = PseudoWordMapper(c.hidden_size, text_config.hidden_size)
     return p
 
-# %% ../nbs/15c_estimate.ipynb #cell-15
+# %% ../nbs/15c_estimate.ipynb #cell-16
 class Alive(TorchDispatchMode):
     """Within this context: bytes alive (`now`), their `peak`, and how many of the peak are `gradients` (of parameters given to `watch`).
     The weights of `modules` were there before and do not count, nor do views of them."""
@@ -126,7 +126,7 @@ class Alive(TorchDispatchMode):
         handles = [p.register_post_accumulate_grad_hook(lambda p: self.grads.add(p.grad.untyped_storage())) for p in parameters]
         return lambda: [h.remove() for h in handles]
 
-# %% ../nbs/15c_estimate.ipynb #cell-19
+# %% ../nbs/15c_estimate.ipynb #cell-20
 def random_batch(config, size, vae_size=None, names=(254, 409), emotions=8):
     "A batch of `size` as the data sets give it."
     b = dict(pixel_values=torch.randn(size, 3, config.image_size, config.image_size), label=torch.zeros(size, dtype=torch.long), scene=torch.zeros(size, dtype=torch.long), objects=torch.ones(size, names[1]))
@@ -156,7 +156,7 @@ def generate_step(p, batch_size, guidance=True):
         p.encoder(torch.randn(batch_size, 3, p.encoder.config.image_size, p.encoder.config.image_size, dtype=dtype))
     alive.sizes.clear(); return 0, alive.peak
 
-# %% ../nbs/15c_estimate.ipynb #cell-21
+# %% ../nbs/15c_estimate.ipynb #cell-22
 STAGES = ("understanding", "joint", "generation")
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16)       # fp16 takes what bf16 takes
 PROGRAM = dict(cpu=.6e9, cuda=.6e9)                      # Python with its libraries; a GPU's context
@@ -187,7 +187,7 @@ def _measure(stage, config, diffusion, batch, passes, names, dtype):
         for n, m in p.modules().items(): rows[n] = sum(q.numel() for q in m.parameters()), _weights(m)
     return {**rows, "optimiser": (2 * trained, 8 * trained), "gradients": (trained, gradients), "activations": (0, work)}
 
-# %% ../nbs/15c_estimate.ipynb #cell-22
+# %% ../nbs/15c_estimate.ipynb #cell-23
 def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), diffusion=None, names=(254, 409), device=None, processes=1, num_images=8, **settings):
     """DataFrame, indexed by stage and part, of `parameters` and GB in each of `precisions` ('fp32', 'bf16') at the peak of one process. `config`: a preset's name with changes in `settings`, or
     an `UnderstandingConfig` (stage 1) or `JointConfig` (stage 2, generation). `num_images`: of a batch in generation; `diffusion`: else what belongs to the backbone."""

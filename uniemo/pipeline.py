@@ -183,7 +183,7 @@ def understand(self: UniEmoPipeline, images, batch_size=32):
         every = [attention_maps(self.encoder, o) for o in outs]; maps = {k: torch.cat([m[k] for m in every]).cpu().numpy() for k in ("scene", "object")}
         for kind in ("scene", "object"):
             z = getattr(self.encoder, f"{kind}_projection")(torch.cat([o[f"{kind}_features"] for o in outs])).float()
-            best = similarity(z, getattr(self.retriever, f"{kind}_features").to(z)).max(1); table = self.retriever.table.names(kind)
+            best = similarity(z, getattr(self.retriever, f"{kind}_features").to(z)).max(1); table = self.retriever.config[f"{kind}_names"]
             names[kind], names_similarity[kind] = [table[i] for i in best.indices.tolist()], best.values.cpu().numpy()
     self.maybe_free_model_hooks()
     return Understanding(images, self.emotions, probabilities, names.get("scene"), names.get("object"), names_similarity, maps)

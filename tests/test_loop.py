@@ -4,14 +4,14 @@ import json
 import numpy as np, pandas as pd, pytest, torch
 
 from uniemo.joint import JointConfig, flip_together
-from uniemo.loop import Store, candidates, joint, kept, metrics_of, read_candidates, settings_of, understanding
+from uniemo.loop import Store, candidates, joint, kept, metrics_of, read_candidates, respaced, settings_of, understanding
 from uniemo.runs import start
 from uniemo.training import MemoryData, Trainer
 from uniemo.understanding import UnderstandingConfig
 
 DATA = dict(num_train=48, num_val=24, num_test=24, seed=0)
 FIRST = settings_of(UnderstandingConfig.preset("mini", seed=0, epochs=None, steps=4, eval_every=4, batch_size=16, num_queries=2))
-SECOND = settings_of(JointConfig.preset("mini", seed=0, steps=4, eval_every=4, batch_size=8, num_queries=2))
+SECOND = settings_of(JointConfig.preset("mini", seed=0, steps=4, eval_every=4, batch_size=8, num_queries=2, warm_start=4))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,13 @@ def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
     assert resumed.step == 4 and all(torch.equal(whole[k], got[k]) for k in whole) and any(k.startswith("mapper.") for k in whole)
 
 
+def test_another_space_needs_no_training(store, trained):
+    from uniemo.pipeline import UniEmoPipeline
+    other = store(respaced, data=DATA, pipeline=trained[1], space="diagonal"); a, b = (UniEmoPipeline.from_pretrained(f / "pipeline") for f in (trained[1], other))
+    assert (a.space.kind, b.space.kind) == ("bank", "diagonal") and other.name.startswith("respaced")
+    assert all(torch.equal(p, q) for part in ("encoder", "mapper") for p, q in zip(getattr(a, part).parameters(), getattr(b, part).parameters()))
+
+
 TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_threads=1)
 
 def test_joint_experiment(tmp_path):
@@ -83,8 +90,8 @@ def test_quickstart(tmp_path):
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
 
 def test_evaluate(tmp_path):
-    run = start("evaluate", dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo"], num_train=32, num_test=40, num_per_emotion=2), tmp_path, progress=False)
-    table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
+    run = start("evaluate", dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"], num_train=32, num_test=40, num_per_emotion=2), tmp_path, progress=False)
+    table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
     assert {"emo_a_UniEmo", "accuracy_stage_1_continued", "accuracy_joint_training"} <= set(run.summary())
 
 def test_feedback(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JointConfig', 'scaled_latents', 'cache_latents', 'flip_together', 'pseudo_words', 'JointStage', 'fixed_errors',
-           'InversionStage']
+           'name_embeddings', 'annotation_caption', 'warm_start', 'InversionStage']
 
 # %% ../nbs/12d_joint.ipynb #cell-03
 from typing import ClassVar
@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .conditioning import encode_prompts
+from .data import fold
 from .losses import condition_loss, diffusion_loss, diffusion_target, joint_loss, word_logits
 from .training import Stage, settings
 from .understanding import UnderstandingConfig, UnderstandingStage
@@ -30,6 +31,7 @@ class JointConfig(UnderstandingConfig):
     joint_weights: tuple = (.5, 1., 1.)    # L_U, L_cond, L_diff
     condition_weights: tuple = (1e-3, 1e-3)  # cross-entropy, triplet; as released: (1e-3, 1e-6)
     margin: float = .5                     # of the triplet
+    warm_start: int = 0                    # steps that fit the mappers to the names' token embeddings before training (ours; 0: as in the paper)
     word_dropout: float = 0.               # share of images whose prompt is empty, for classifier-free guidance
     train_parts: tuple = ("queries",)      # of the encoder; the mappers are always trained
     lr_mappers: float = 1e-3
@@ -38,11 +40,12 @@ class JointConfig(UnderstandingConfig):
     gradient_checkpointing: bool = False   # of U-Net and encoder: less memory, more time
     presets: ClassVar[dict] = dict(
         paper=dict(backbone="openai/clip-vit-large-patch14", image_size=224, num_queries=32, epochs=1, batch_size=8, mixed_precision="auto", workers=8),
-        mini=dict(steps=300, batch_size=16, image_size=64, vae_size=64, head_width=96, lr_queries=5e-4, lr_mappers=2e-3))
+        mini=dict(steps=300, batch_size=16, image_size=64, vae_size=64, head_width=96, lr_queries=5e-4, lr_mappers=1e-3, warm_start=600))
 
     def __post_init__(self):
         super().__post_init__()
         if len(self.joint_weights) != 3 or min(self.joint_weights) < 0: raise ValueError(f"joint_weights are three, for L_U, L_cond and L_diff, none negative, not {self.joint_weights}")
+        if self.warm_start < 0: raise ValueError(f"warm_start is a number of steps, 0 for none, not {self.warm_start}")
         if not 0 <= self.word_dropout < 1: raise ValueError(f"word_dropout is a share from 0 to below 1, not {self.word_dropout}")
 
 # %% ../nbs/12d_joint.ipynb #cell-09
@@ -153,6 +156,60 @@ def predict(self: JointStage, batch):
 def evaluate(self: JointStage, predictions):
     own = dict(loss_diff=predictions["loss_diff"].mean().item(), word_accuracy=(predictions["word_logits"].argmax(1) == predictions["label"]).float().mean().item())
     return {**UnderstandingStage.evaluate(self, predictions), **own}
+
+# %% ../nbs/12d_joint.ipynb #25e0e6ca
+def name_embeddings(text_encoder, tokenizer, names):
+    "Token embeddings [n, d_token] of names, the mean over the tokens of each."
+    table = text_encoder.get_input_embeddings().weight.detach().float()
+    return torch.stack([table[tokenizer(fold(n), add_special_tokens=False).input_ids].mean(0) for n in names])
+
+@torch.no_grad()
+def _annotated(stage, batches, names):
+    "Of all images whose scene or object is known: features c, s, o and coefficients; scene [n] (-1: unknown) and objects [n, O]."
+    rows = []; encoder = stage.model.eval(); device = next(encoder.parameters()).device
+    for batch in batches:
+        batch = {k: v.to(device) for k, v in batch.items() if k in ("pixel_values", "label", "scene", "objects") and v is not None}; out = encoder(batch["pixel_values"]); _, found = stage.words(out, batch["label"])
+        full = torch.ones(len(batch["label"]), device=device); none = torch.zeros(len(full), 0, dtype=torch.bool, device=device)
+        scene = batch["scene"] if "scene" in batch and names.get("scene") else -full.long(); objects = batch["objects"].bool() if "objects" in batch and names.get("object") else none
+        known = (scene >= 0) | objects.any(1); alphas = [full if a is None else a for a in (found.alpha_scene, found.alpha_object)]
+        rows.append([x[known] for x in (out.class_features, out.scene_features, out.object_features, *alphas, scene, objects)])
+    return [torch.cat(x) for x in zip(*rows)]
+
+def annotation_caption(scene, objects):
+    "'a photo of a dog and a tree in a forest' of a scene's name (or None) and a list of objects' names."
+    what = [fold(o) for o in objects] or [fold(scene)]
+    return "a photo of a " + " and a ".join(what) + (f" in a {fold(scene)}" if scene and objects else "")
+
+# %% ../nbs/12d_joint.ipynb #6605b0c1
+def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0):
+    """Fit `stage.mapper` to the names of the images: `steps` steps towards their token embeddings, half as many towards the text states of their captions. `batches`: an iterable of dicts with
+    pixel_values, label, and scene [B] (-1: unknown) or objects [B, O], without augmentation; `names`: dict(scene=[...] or None, object=[...] or None). Returns both mean squared distances at the end."""
+    own = [k for k in ("scene", "object") if getattr(stage.mapper, f"mapper_{k}") is not None] or ["scene", "object"]        # a part that is left out has no say here either
+    names = {k: names[k] for k in own if names.get(k)}; *features, scene, objects = _annotated(stage, batches, names); n, mapper, encoder = len(scene), stage.mapper.train(), stage.text_encoder
+    if not n: raise ValueError("no image has a scene or object name, so there is nothing to start from: set warm_start=0")
+    target = torch.zeros(n, mapper.config.token_size, device=scene.device); embeddings = {k: name_embeddings(encoder, stage.tokenizer, v).to(scene.device) for k, v in names.items()}
+    if "scene" in names: target += embeddings["scene"][scene.clamp(min=0)] * (scene >= 0)[:, None]
+    if "object" in names: target += objects.float() @ embeddings["object"] / objects.sum(1, keepdim=True).clamp(min=1)
+    with torch.no_grad():
+        for network, x in zip((mapper.mapper, mapper.mapper_scene, mapper.mapper_object), features):
+            if network is None: continue
+            first, last = network[0], network[2]; first.weight /= x.std(0, correction=0) + 1e-6; first.bias -= first.weight @ x.mean(0)
+            for p in (last.weight, last.bias): p *= target.std() / 3                        # three summands of unit variance become one of the target's
+    said = [annotation_caption(names["scene"][s] if s >= 0 else None, [names["object"][k] for k in o.nonzero().flatten().tolist()] if "object" in names else []) for s, o in zip(scene.tolist(), objects)]
+    words = lambda i: mapper(*(x[i] for x in features)); generator = torch.Generator().manual_seed(seed)
+    def to_states(i):
+        with torch.no_grad(): wanted = encode_prompts(encoder, stage.tokenizer, [said[k] for k in i.tolist()])
+        return (encode_prompts(encoder, stage.tokenizer, stage.config.prompt, words(i)) - wanted).square().sum(-1).mean()
+    parts = (lambda i: (words(i) - target[i]).square().sum(1).mean(), steps, lr), (to_states, steps // 2, lr / 2)
+    return tuple(_descend(mapper, loss, count, rate, n, batch_size, generator) for loss, count, rate in parts)
+
+def _descend(mapper, loss, steps, lr, n, batch_size, generator):
+    "Adam with a falling rate on random rows of `n`; the last loss."
+    optimizer, value = torch.optim.Adam(mapper.parameters(), lr=lr), torch.zeros(())
+    for k in range(steps):
+        i = torch.randint(n, (batch_size,), generator=generator); optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
+        value = loss(i); optimizer.zero_grad(); value.backward(); optimizer.step()
+    return float(value.detach())
 
 # %% ../nbs/12d_joint.ipynb #cell-20
 class InversionStage(Stage):

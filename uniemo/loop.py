@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'code_hash', 'Store', 'settings_of', 'metrics_of', 'World', 'paint_split', 'mini_world', 'load_world',
-           'name_tensors', 'with_extra', 'understanding', 'joint', 'vae_pixels', 'candidates', 'read_candidates',
-           'name_shares', 'prompted', 'inversion', 'scores', 'kept', 'further_real']
+           'name_tensors', 'with_extra', 'understanding', 'joint', 'vae_pixels', 'respaced', 'candidates',
+           'read_candidates', 'name_shares', 'prompted', 'inversion', 'scores', 'kept', 'further_real']
 
 # %% ../nbs/15b_loop.ipynb #cell-03
 import hashlib, inspect, json, os, shutil, time
@@ -28,7 +28,7 @@ from .filtering import CRITERIA, filter_candidates, fit_thresholds, gather_evide
 from .foundation import load_clip, load_diffusion, mini_folder
 from .fusion import PseudoWordMapper
 from .generation_metrics import evaluate_generation, mini_networks
-from .joint import InversionStage, JointConfig, JointStage, cache_latents, flip_together
+from .joint import InversionStage, JointConfig, JointStage, cache_latents, flip_together, warm_start
 from .memory import in_memory, random_crops
 from .mini import OBJECTS, SCENES, draw_spec, paint, true_table
 from .pipeline import UniEmoPipeline
@@ -142,7 +142,7 @@ def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, e
     shutil.rmtree(Path(folder) / "checkpoints")
 
 # %% ../nbs/15b_loop.ipynb #cell-13
-def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", space="lowrank", rank=8, mapper=None, smoothing=1., workers=1, run=None, progress=False):
+def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", space="bank", rank=8, mapper=None, smoothing=1., workers=1, run=None, progress=False):
     "Stage 2 from the stage-1 folder `encoder`: the table from the training annotations, joint training, the emotion space; the pipeline's own parts in `folder/pipeline`."
     config = JointConfig(**config); torch.manual_seed(config.seed); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model")
     view = View(model.config.image_size, tuple(model.config.image_mean), tuple(model.config.image_std)); world = load_world(data, view, workers)
@@ -153,11 +153,11 @@ def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", spac
     retriever = Retriever(table, text["scene"], text["object"], config.retrieval, config.temperature)
     fuse = PseudoWordMapper(model.config.backbone_config.hidden_size, pipe.text_encoder.config.hidden_size, **(mapper or {}))
     stage = JointStage(model, fuse, retriever, pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config, scene_text=text["scene"], object_text=text["object"])
+    clean = {k: v for k, v in train.items() if k != "latents"}; batches = lambda: ({k: v[i:i + 100] for k, v in clean.items()} for i in range(0, len(clean["label"]), 100))
+    if config.warm_start: warm_start(stage, batches(), world.names, config.warm_start, seed=config.seed)
     trainer = Trainer(stage, config, MemoryData(train, flip_together), val, folder=Path(folder) / "checkpoints", run=run, progress=progress).fit(); best = trainer.load_best()
     test = _read(stage, world["test"])
-    clean = {k: world["train"][k] for k in ("pixel_values", "label")}
-    batches = ({k: v[i:i + 100] for k, v in clean.items()} for i in range(0, len(clean["label"]), 100))
-    own = UniEmoPipeline.from_diffusion(pipe, stage.model, stage.mapper, retriever, fit_space(batches, stage.model, emotions=world.emotions.names, kind=space, rank=rank))
+    own = UniEmoPipeline.from_diffusion(pipe, stage.model, stage.mapper, retriever, fit_space(batches(), stage.model, emotions=world.emotions.names, kind=space, rank=rank))
     own.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=str(diffusion))
     save_file({f"test.{n}": v.contiguous() for n, v in test.items()}, Path(folder) / "predictions.safetensors"); _history(folder, trainer)
     validated = next(c.metrics for c in trainer.callbacks if isinstance(c, Validate))
@@ -173,6 +173,14 @@ def vae_pixels(images, pipe):
     "uint8 images [n, 3, H, W] at the diffusion model's size, float in [-1, 1]."
     size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1); x = images.float() / 127.5 - 1
     return x if x.shape[-1] == size else torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+# %% ../nbs/15b_loop.ipynb #2305c490
+def respaced(folder, data, pipeline, space, rank=8, workers=1):
+    "The pipeline of the stage-2 folder `pipeline` with another emotion space, fitted to the same training images; nothing is trained again."
+    pipe = UniEmoPipeline.from_pretrained(Path(pipeline) / "pipeline"); c = pipe.encoder.config; base = json.loads((Path(pipeline) / "pipeline" / "uniemo.json").read_text())["diffusion"]
+    train = load_world(data, View(c.image_size, tuple(c.image_mean), tuple(c.image_std)), workers)["train"]
+    batches = ({k: train[k][i:i + 100] for k in ("pixel_values", "label")} for i in range(0, len(train["label"]), 100))
+    pipe.space = fit_space(batches, pipe.encoder, emotions=pipe.emotions, kind=space, rank=rank); pipe.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=base); _write(folder, space=space)
 
 # %% ../nbs/15b_loop.ipynb #cell-15
 def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>", num_inference_steps=20, guidance_scale=4., batch_size=16, progress=False, **settings):

@@ -7,7 +7,7 @@ __all__ = ['PRETRAINED', 'HIGHER_IS_BETTER', 'as_images', 'apply_network', 'chec
            'neighbour_radii', 'inside', 'precision_recall', 'draw_pairs', 'mean_over_emotions', 'semantic_diversity',
            'pretrained_file', 'LPIPS', 'alexnet_layers', 'lpips_alex', 'inception', 'perceptual_diversity',
            'semantic_clarity', 'clip_similarity', 'CLIPFeatures', 'Judgement', 'Judge', 'build_judge', 'load_judge',
-           'judged_names', 'attribute_fit', 'mini_networks', 'evaluate_generation']
+           'judged_names', 'fit_of_each', 'attribute_fit', 'mini_networks', 'evaluate_generation']
 
 # %% ../nbs/10b_generation_metrics.ipynb #cell-03
 import warnings
@@ -292,13 +292,16 @@ def judged_names(scene, objects, threshold=.5, most=2):
     order = np.argsort(-o, 1)[:, :most]; seen = [[k for k in row if o[i, k] > threshold] or [row[0]] for i, row in enumerate(order)]
     return [(list(SCENES)[s[i].argmax()], tuple(list(OBJECTS)[k] for k in ks)) for i, ks in enumerate(seen)]
 
+def fit_of_each(scene, objects, emotion, threshold=.5):
+    "Per image [N, 2]: whether the likeliest emotion by the true table, given what the judge sees, is the wanted `emotion` [N] (0 or 1); and the true probability of the wanted one."
+    wanted = _array(emotion); p = np.stack([posterior(s, o) for s, o in judged_names(scene, objects, threshold)])
+    if wanted.shape != (len(p),) or wanted.dtype.kind not in "iu": raise ValueError(f"emotion must be {len(p)} class indices, one an image, not {wanted.dtype} of shape {wanted.shape}")
+    return np.stack([p.argmax(1) == wanted, p[np.arange(len(p)), wanted]], 1).astype(float)
+
 def attribute_fit(scene, objects, emotion, threshold=.5, n=1000, level=.95, seed=0):
     """Do the judged `scene` [N, 16] and `objects` [N, 24] (probabilities, or 0 and 1) fit the wanted `emotion` [N]? DataFrame `value, low, high` of
     `fit`, the share of images whose likeliest emotion by the true table is the wanted one, and `posterior`, the mean true probability of the wanted one."""
-    wanted = _array(emotion); p = np.stack([posterior(s, o) for s, o in judged_names(scene, objects, threshold)])
-    if wanted.shape != (len(p),) or wanted.dtype.kind not in "iu": raise ValueError(f"emotion must be {len(p)} class indices, one an image, not {wanted.dtype} of shape {wanted.shape}")
-    each = np.stack([p.argmax(1) == wanted, p[np.arange(len(p)), wanted]], 1).astype(float)
-    return bootstrap(lambda a: dict(zip(("fit", "posterior"), a.mean(0))), each, n=n, level=level, seed=seed)
+    return bootstrap(lambda a: dict(zip(("fit", "posterior"), a.mean(0))), fit_of_each(scene, objects, emotion, threshold), n=n, level=level, seed=seed)
 
 # %% ../nbs/10b_generation_metrics.ipynb #cell-47
 def mini_networks(judge=None):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JointConfig', 'scaled_latents', 'cache_latents', 'flip_together', 'pseudo_words', 'JointStage', 'fixed_errors',
-           'name_embeddings', 'annotation_caption', 'warm_start', 'InversionStage']
+           'name_embeddings', 'warm_start', 'InversionStage']
 
 # %% ../nbs/12d_joint.ipynb #cell-03
 from typing import ClassVar
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from .conditioning import encode_prompts
 from .data import fold
 from .losses import condition_loss, diffusion_loss, diffusion_target, joint_loss, word_logits
+from .mini import caption
 from .training import Stage, settings
 from .understanding import UnderstandingConfig, UnderstandingStage
 
@@ -31,7 +32,7 @@ class JointConfig(UnderstandingConfig):
     joint_weights: tuple = (.5, 1., 1.)    # L_U, L_cond, L_diff
     condition_weights: tuple = (1e-3, 1e-3)  # cross-entropy, triplet; as released: (1e-3, 1e-6)
     margin: float = .5                     # of the triplet
-    warm_start: int = 0                    # steps that fit the mappers to the names' token embeddings before training (ours; 0: as in the paper)
+    warm_start: int = 0                    # steps that fit the mappers to the annotated names before training, see `warm_start` (ours; 0: as in the paper)
     word_dropout: float = 0.               # share of images whose prompt is empty, for classifier-free guidance
     train_parts: tuple = ("queries",)      # of the encoder; the mappers are always trained
     lr_mappers: float = 1e-3
@@ -175,27 +176,22 @@ def _annotated(stage, batches, names):
         rows.append([x[known] for x in (out.class_features, out.scene_features, out.object_features, *alphas, scene, objects)])
     return [torch.cat(x) for x in zip(*rows)]
 
-def annotation_caption(scene, objects):
-    "'a photo of a dog and a tree in a forest' of a scene's name (or None) and a list of objects' names."
-    what = [fold(o) for o in objects] or [fold(scene)]
-    return "a photo of a " + " and a ".join(what) + (f" in a {fold(scene)}" if scene and objects else "")
-
 # %% ../nbs/12d_joint.ipynb #6605b0c1
 def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0):
     """Fit `stage.mapper` to the names of the images: `steps` steps towards their token embeddings, half as many towards the text states of their captions. `batches`: an iterable of dicts with
     pixel_values, label, and scene [B] (-1: unknown) or objects [B, O], without augmentation; `names`: dict(scene=[...] or None, object=[...] or None). Returns both mean squared distances at the end."""
     own = [k for k in ("scene", "object") if getattr(stage.mapper, f"mapper_{k}") is not None] or ["scene", "object"]        # a part that is left out has no say here either
-    names = {k: names[k] for k in own if names.get(k)}; *features, scene, objects = _annotated(stage, batches, names); n, mapper, encoder = len(scene), stage.mapper.train(), stage.text_encoder
+    names = {k: [fold(n) for n in names[k]] for k in own if names.get(k)}; stage.to(next(stage.model.parameters()).device); *features, scene, objects = _annotated(stage, batches, names); n, mapper, encoder = len(scene), stage.mapper.train(), stage.text_encoder
     if not n: raise ValueError("no image has a scene or object name, so there is nothing to start from: set warm_start=0")
-    target = torch.zeros(n, mapper.config.token_size, device=scene.device); embeddings = {k: name_embeddings(encoder, stage.tokenizer, v).to(scene.device) for k, v in names.items()}
-    if "scene" in names: target += embeddings["scene"][scene.clamp(min=0)] * (scene >= 0)[:, None]
-    if "object" in names: target += objects.float() @ embeddings["object"] / objects.sum(1, keepdim=True).clamp(min=1)
+    target = torch.zeros(n, mapper.config.token_size, device=scene.device); embeddings = lambda kind: name_embeddings(encoder, stage.tokenizer, names[kind])
+    if "scene" in names: target += embeddings("scene")[scene.clamp(min=0)] * (scene >= 0)[:, None]
+    if "object" in names: target += objects.float() @ embeddings("object") / objects.sum(1, keepdim=True).clamp(min=1)
     with torch.no_grad():
         for network, x in zip((mapper.mapper, mapper.mapper_scene, mapper.mapper_object), features):
             if network is None: continue
             first, last = network[0], network[2]; first.weight /= x.std(0, correction=0) + 1e-6; first.bias -= first.weight @ x.mean(0)
             for p in (last.weight, last.bias): p *= target.std() / 3                        # three summands of unit variance become one of the target's
-    said = [annotation_caption(names["scene"][s] if s >= 0 else None, [names["object"][k] for k in o.nonzero().flatten().tolist()] if "object" in names else []) for s, o in zip(scene.tolist(), objects)]
+    said = [caption(names["scene"][s] if s >= 0 else None, [names["object"][k] for k in o.nonzero().flatten().tolist()]) for s, o in zip(scene.tolist(), objects)]
     words = lambda i: mapper(*(x[i] for x in features)); generator = torch.Generator().manual_seed(seed)
     def to_states(i):
         with torch.no_grad(): wanted = encode_prompts(encoder, stage.tokenizer, [said[k] for k in i.tolist()])

@@ -30,7 +30,7 @@ from .fusion import PseudoWordMapper
 from .generation_metrics import evaluate_generation, mini_networks
 from .joint import InversionStage, JointConfig, JointStage, cache_latents, flip_together, warm_start
 from .memory import in_memory, random_crops
-from .mini import OBJECTS, SCENES, draw_spec, paint, true_table
+from .mini import OBJECTS, SCENES, caption, draw_spec, paint, true_table
 from .pipeline import UniEmoPipeline
 from .queries import ExpertQueryModel
 from .space import fit_space
@@ -112,6 +112,8 @@ def load_world(data, view=View(64), workers=1):
 
 # %% ../nbs/15b_loop.ipynb #cell-11
 def _diffusion(name): return mini_folder("diffusion") if name == "mini" else name
+def _view(model): "How `model` reads images."; c = model.config; return View(c.image_size, tuple(c.image_mean), tuple(c.image_std))
+def _batches(tensors, size=100): "Batches of a split's tensors, in order, without the images as bytes."; return ({k: v[i:i + size] for k, v in tensors.items() if k != "images"} for i in range(0, len(tensors["label"]), size))
 def _source(name): return mini_folder("clip") if name == "mini" else name
 
 def name_tensors(source, names, template="a photo of a {}"):
@@ -145,7 +147,7 @@ def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, e
 def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", space="bank", rank=8, mapper=None, smoothing=1., workers=1, run=None, progress=False):
     "Stage 2 from the stage-1 folder `encoder`: the table from the training annotations, joint training, the emotion space; the pipeline's own parts in `folder/pipeline`."
     config = JointConfig(**config); torch.manual_seed(config.seed); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model")
-    view = View(model.config.image_size, tuple(model.config.image_mean), tuple(model.config.image_std)); world = load_world(data, view, workers)
+    world = load_world(data, _view(model), workers)
     pipe = load_diffusion(_diffusion(diffusion)); text = name_tensors(backbone, world.names, config.template)
     train = {k: v for k, v in world["train"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["train"]["images"], pipe)))
     val = {k: v for k, v in world["val"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["val"]["images"], pipe)))
@@ -153,11 +155,10 @@ def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", spac
     retriever = Retriever(table, text["scene"], text["object"], config.retrieval, config.temperature)
     fuse = PseudoWordMapper(model.config.backbone_config.hidden_size, pipe.text_encoder.config.hidden_size, **(mapper or {}))
     stage = JointStage(model, fuse, retriever, pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config, scene_text=text["scene"], object_text=text["object"])
-    clean = {k: v for k, v in train.items() if k != "latents"}; batches = lambda: ({k: v[i:i + 100] for k, v in clean.items()} for i in range(0, len(clean["label"]), 100))
-    if config.warm_start: warm_start(stage, batches(), world.names, config.warm_start, seed=config.seed)
+    if config.warm_start: warm_start(stage, _batches(world["train"]), world.names, config.warm_start, seed=config.seed)
     trainer = Trainer(stage, config, MemoryData(train, flip_together), val, folder=Path(folder) / "checkpoints", run=run, progress=progress).fit(); best = trainer.load_best()
     test = _read(stage, world["test"])
-    own = UniEmoPipeline.from_diffusion(pipe, stage.model, stage.mapper, retriever, fit_space(batches(), stage.model, emotions=world.emotions.names, kind=space, rank=rank))
+    own = UniEmoPipeline.from_diffusion(pipe, stage.model, stage.mapper, retriever, fit_space(_batches(world["train"]), stage.model, emotions=world.emotions.names, kind=space, rank=rank))
     own.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=str(diffusion))
     save_file({f"test.{n}": v.contiguous() for n, v in test.items()}, Path(folder) / "predictions.safetensors"); _history(folder, trainer)
     validated = next(c.metrics for c in trainer.callbacks if isinstance(c, Validate))
@@ -166,7 +167,7 @@ def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", spac
 @torch.no_grad()
 def _read(stage, tensors, batch_size=100):
     "The encoder's predictions for a split, without the diffusion model."
-    parts = [UnderstandingStage.predict(stage.eval(), {k: v[i:i + batch_size] for k, v in tensors.items() if k != "images"}) for i in range(0, len(tensors["label"]), batch_size)]
+    parts = [UnderstandingStage.predict(stage.eval(), b) for b in _batches(tensors, batch_size)]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 def vae_pixels(images, pipe):
@@ -177,10 +178,8 @@ def vae_pixels(images, pipe):
 # %% ../nbs/15b_loop.ipynb #2305c490
 def respaced(folder, data, pipeline, space, rank=8, workers=1):
     "The pipeline of the stage-2 folder `pipeline` with another emotion space, fitted to the same training images; nothing is trained again."
-    pipe = UniEmoPipeline.from_pretrained(Path(pipeline) / "pipeline"); c = pipe.encoder.config; base = json.loads((Path(pipeline) / "pipeline" / "uniemo.json").read_text())["diffusion"]
-    train = load_world(data, View(c.image_size, tuple(c.image_mean), tuple(c.image_std)), workers)["train"]
-    batches = ({k: train[k][i:i + 100] for k in ("pixel_values", "label")} for i in range(0, len(train["label"]), 100))
-    pipe.space = fit_space(batches, pipe.encoder, emotions=pipe.emotions, kind=space, rank=rank); pipe.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=base); _write(folder, space=space)
+    pipe = UniEmoPipeline.from_pretrained(Path(pipeline) / "pipeline"); train = load_world(data, _view(pipe.encoder), workers)["train"]
+    pipe.space = fit_space(_batches(train), pipe.encoder, emotions=pipe.emotions, kind=space, rank=rank); pipe.save_pretrained(Path(folder) / "pipeline", whole=False); _write(folder, space=space)
 
 # %% ../nbs/15b_loop.ipynb #cell-15
 def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>", num_inference_steps=20, guidance_scale=4., batch_size=16, progress=False, **settings):
@@ -217,7 +216,7 @@ def prompted(folder, data, true=False, num_per_emotion=40, seed=0, diffusion="mi
     for e, emotion in enumerate(world.emotions.names):
         for i in range(num_per_emotion):
             names = {k: world.names[k][rng.choice(len(p), p=p[:, e])] for k, p in shares.items()}
-            jobs.append(dict(emotion=emotion, seed=seed * 10**6 + e * num_per_emotion + i, prompt=f"a photo of a {fold(names['object'])} in a {fold(names['scene'])}", **names))
+            jobs.append(dict(emotion=emotion, seed=seed * 10**6 + e * num_per_emotion + i, prompt=caption(fold(names["scene"]), [fold(names["object"])]), **names))
     _paint(folder, load_diffusion(_diffusion(diffusion)), jobs, num_inference_steps, guidance_scale, batch_size)
 
 def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16):
@@ -233,7 +232,7 @@ def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini"
 def scores(folder, data, candidates, real="test", as_released=False):
     "All generation metrics of the folder `candidates` by the mini world's networks, against its `real` split: `scores.csv`."
     images, table = read_candidates(candidates); world = load_world(data); named = "scene" in table and table.scene.notna().all()
-    prompts = [f"a photo of a {fold(o)} in a {fold(s)}" for s, o in zip(table.scene, table.object)] if named else None
+    prompts = [caption(fold(s), [fold(o)]) for s, o in zip(table.scene, table.object)] if named else None
     out = evaluate_generation(images, list(table.emotion), world[real]["images"].permute(0, 2, 3, 1).numpy(), prompts=prompts, emotion_set=world.emotions, as_released=as_released, **mini_networks())
     out.to_csv(Path(folder) / "scores.csv"); _write(folder, **out.value.to_dict())
 
@@ -241,7 +240,7 @@ def scores(folder, data, candidates, real="test", as_released=False):
 def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, backbone="mini", workers=1, **settings):
     "What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels)."
     images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
-    view = View(model.config.image_size, tuple(model.config.image_mean), tuple(model.config.image_std)); world = load_world(data, view, workers)
+    view = _view(model); world = load_world(data, view, workers)
     labels = np.array([world.emotions.index(e) for e in table.emotion])
     if how:
         clip, tokenizer = load_clip(None if backbone == "mini" else backbone); common = dict(clip=clip, tokenizer=tokenizer, classifier=model, view=view, scene_names=world.names["scene"] or (), object_names=world.names["object"] or ())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME', 'CRITERIA', 'REASONS', 'SCORES', 'Evidence', 'gather_evidence', 'unit', 'nearest', 'knn_cosines', 'in_range',
            'FilterThresholds', 'attribute_margin', 'own_confidence', 'fit_thresholds', 'facility_location',
-           'facility_value', 'score_candidates', 'filter_candidates', 'filter_summary', 'plot_filtered',
+           'facility_value', 'shown_names', 'score_candidates', 'filter_candidates', 'filter_summary', 'plot_filtered',
            'coverage_scores', 'coverage_table', 'plot_coverage', 'write_kept']
 
 # %% ../nbs/15_filtering.ipynb #cell-03
@@ -231,18 +231,21 @@ def facility_location(features, k, groups=None, cap=None, min_distance=0., limit
 def facility_value(features, chosen): "sum_i max over `chosen` j of [cos(x_i, x_j)]+."; x = unit(features); return float((x @ x[list(chosen)].T).clamp(min=0).amax(1).double().sum())
 
 # %% ../nbs/15_filtering.ipynb #cell-32
+def shown_names(evidence):
+    "DataFrame [N]: `shown_scene` and `shown_object`, the likeliest name of each kind that was asked for, as the foundation model reads the image."
+    kinds = [a if isinstance(a, tuple) else ("", a) for a in evidence.attributes or []]; found = {k: [i for i, a in enumerate(kinds) if a[0] == k] for k in ("scene", "object")}
+    return pd.DataFrame({f"shown_{k}": np.array([kinds[j][1] for j in i], object)[evidence.similarities[:, i].argmax(1).numpy()] for k, i in found.items() if i}, index=range(len(evidence.labels)))
+
 def score_candidates(candidates, real, thresholds):
-    """DataFrame [N]: `emotion` (wanted), `predicted`, `confidence`, best `attribute` and its `margin`, `range` (distance over radius, at most 1 inside), `nearest_real`, `real_distance`, the
-    likeliest `scene` and `object` unless they are known, and the candidates' own table. `real`: `Evidence` of the training images, features and labels."""
+    """DataFrame [N]: `emotion` (wanted), `predicted`, `confidence`, best `attribute` and its `margin`, `range` (distance over radius, at most 1 inside), `nearest_real`, `real_distance`, `shown_names`
+    (as `scene` and `object`, too, unless those are known), and the candidates' own table. `real`: `Evidence` of the training images, features and labels."""
     _check_emotions(candidates, thresholds.emotions); names, own = list(thresholds.emotions), candidates.table
     if real.features.shape[1] != candidates.features.shape[1]: raise ValueError(f"candidates have features of width {candidates.features.shape[1]}, real images of {real.features.shape[1]}: both must come from the same encoder")
     x, r, y = unit(candidates.features), unit(real.features), candidates.labels
     kinds = [a if isinstance(a, tuple) else ("", a) for a in candidates.attributes or [("", f"attribute {i}") for i in range(candidates.similarities.shape[1])]]
     t = pd.DataFrame(dict(emotion=np.array(names, object)[y.numpy()], predicted=np.array(names, object)[candidates.logits.argmax(1).numpy()], confidence=own_confidence(candidates.logits, y, thresholds.temperature)))
     t["attribute"] = np.array([a for _, a in kinds], object)[candidates.similarities.argmax(1).numpy()]; t["margin"] = attribute_margin(candidates.similarities).numpy()
-    for kind in ("scene", "object"):
-        k = [i for i, a in enumerate(kinds) if a[0] == kind]
-        if k and kind not in own: t[kind] = np.array([kinds[i][1] for i in k], object)[candidates.similarities[:, k].argmax(1).numpy()]
+    shown = shown_names(candidates); t = pd.concat([t, shown, shown.rename(columns=lambda c: c.removeprefix("shown_"))], axis=1)
     ratio, pooled = torch.zeros(len(x)), None
     for e in y.unique().tolist():
         mine = real.labels == e
@@ -374,15 +377,17 @@ def _note(r, image_id, tables):
     "EmoSet's annotation of row `r`, with its provenance; names are written as the label file has them."
     note = dict(image_id=image_id, emotion=r.emotion)
     for kind in ("scene", "object"):
-        if _plain(r.get(kind)) is None: continue
-        if fold(r[kind]) not in tables[kind]: raise ValueError(f"{kind} {r[kind]!r} of {image_id} is not in the label file of the real set: correct the table's column {kind!r}, or set it to None")
-        name = tables[kind][fold(r[kind])]; note[kind] = [name] if kind == "object" else name
-    rest = {k: _plain(r[k]) for k in r.index if k not in ("emotion", "scene", "object", "kept", "reason", "detail", *SCORES)}
+        column = f"shown_{kind}" if f"shown_{kind}" in r else kind
+        if _plain(r.get(column)) is None: continue
+        if fold(r[column]) not in tables[kind]: raise ValueError(f"{kind} {r[column]!r} of {image_id} is not in the label file of the real set: correct the table's column {column!r}, or set it to None")
+        name = tables[kind][fold(r[column])]; note[kind] = [name] if kind == "object" else name
+    rest = {k: _plain(r[k]) for k in r.index if k not in ("emotion", "scene", "object", "shown_scene", "shown_object", "kept", "reason", "detail", *SCORES)}
     return note | dict(generated=dict(emotion=r.emotion, attributes={k: _plain(r[k]) for k in ("scene", "object") if k in r}, scores={k: _plain(r[k]) for k in SCORES}, **rest))
 
 # %% ../nbs/15_filtering.ipynb #cell-58
 def write_kept(table, folder, like, images=None, split="train", thresholds=None, prefix="generated", quality=95, progress=False):
-    """Write what `table` keeps as a data set in EmoSet's format into the new `folder`, and return its path. `like`: the real `EmoSet` (or its folder), whose label file is taken;
+    """Write what `table` keeps as a data set in EmoSet's format into the new `folder`, and return its path. Scene and object of an annotation are the `shown_names` where the table has them,
+    else its `scene` and `object`; those it was made with stand under `generated`. `like`: the real `EmoSet` (or its folder), whose label file is taken;
     `images`: one a row of the table, paths, Pillow images or uint8 arrays (default: the column `path`); files that are no JPEG are saved as such with `quality`."""
     root, kept = Path(folder), table[table.kept]; like = like if isinstance(like, EmoSet) else EmoSet(like, EmoSet.splits(like)[0])
     if root.exists() and any(root.iterdir()): raise FileExistsError(f"{root} is not empty; choose a new folder, so that no image of another round stays in it")

@@ -24,7 +24,7 @@ from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
 from .data import View, eval_transform, fold, load_data
 from .emotions import MIKELS
-from .filtering import CRITERIA, filter_candidates, fit_thresholds, gather_evidence
+from .filtering import CRITERIA, filter_candidates, fit_thresholds, gather_evidence, shown_names
 from .foundation import load_clip, load_diffusion, mini_folder
 from .fusion import PseudoWordMapper
 from .generation_metrics import evaluate_generation, mini_networks
@@ -135,7 +135,7 @@ def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, e
     text_dim = next((t.shape[1] for t in text.values() if t is not None), None)
     model = ExpertQueryModel(b, config.num_queries, num_classes=len(world.emotions), class_names=list(world.emotions.names), head_width=config.head_width, head_inputs=config.head_inputs, text_dim=text_dim)
     stage, train, weights = UnderstandingStage(model, config, text["scene"], text["object"]), {k: v for k, v in world["train"].items() if k != "images"}, None
-    if extra is not None: train, weights = with_extra(train, _kept_tensors(extra, view, world), ratio, extra_weight)
+    if extra is not None: train, weights = with_extra(train, _kept_tensors(extra, view), ratio, extra_weight)
     sets = {k: {n: v for n, v in world[k].items() if n != "images"} for k in ("val", "test")}
     trainer = Trainer(stage, config, MemoryData(train, random_crops(config.crop_scale)), sets["val"], folder=Path(folder) / "checkpoints", weights=weights, run=run, progress=progress).fit()
     best = trainer.load_best(); found = {k: trainer.predict(v) for k, v in sets.items()}
@@ -237,33 +237,40 @@ def scores(folder, data, candidates, real="test", as_released=False):
     out.to_csv(Path(folder) / "scores.csv"); _write(folder, **out.value.to_dict())
 
 # %% ../nbs/15b_loop.ipynb #cell-21
-def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, backbone="mini", workers=1, **settings):
-    "What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels)."
+def _save_kept(folder, images, label, table, names, scene=None, object=None):
+    "`kept.npz`: images and what is to be learnt of them (label, index of the scene, objects as multi-hot rows); `kept.csv`: their table. `scene`, `object`: lists of names of each image."
+    labels = dict(label=label)
+    if scene is not None: labels["scene"] = np.array([names["scene"].index(s) for s, in scene], dtype=np.int64)
+    if object is not None: labels["objects"] = np.array([[n in o for n in names["object"]] for o in object], dtype=bool).reshape(len(images), len(names["object"]))
+    np.savez_compressed(Path(folder) / "kept.npz", images=images, **labels); table.to_csv(Path(folder) / "kept.csv", index=False)
+
+def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="shown", backbone="mini", workers=1, **settings):
+    """What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels).
+    `names`: attribute labels of the kept images, those the foundation model reads in the picture ("shown") or those it was made with ("retrieved")."""
+    if names not in ("shown", "retrieved"): raise ValueError(f"names must be 'shown' or 'retrieved', not {names!r}")
     images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
-    view = _view(model); world = load_world(data, view, workers)
-    labels = np.array([world.emotions.index(e) for e in table.emotion])
+    view = _view(model); world = load_world(data, view, workers); labels = np.array([world.emotions.index(e) for e in table.emotion])
+    clip, tokenizer = load_clip(None if backbone == "mini" else backbone); common = dict(clip=clip, tokenizer=tokenizer, classifier=model, view=view, scene_names=world.names["scene"] or (), object_names=world.names["object"] or ())
+    seen = gather_evidence(list(images), labels, table=table, name="candidates", **common)
     if how:
-        clip, tokenizer = load_clip(None if backbone == "mini" else backbone); common = dict(clip=clip, tokenizer=tokenizer, classifier=model, view=view, scene_names=world.names["scene"] or (), object_names=world.names["object"] or ())
         see = lambda split: gather_evidence(list(world[split]["images"].permute(0, 2, 3, 1).numpy()), world.tensor(split, "label"), name=split, **common)
         real = see("train"); thresholds = fit_thresholds(see("val"), real, world.emotions); thresholds.save(Path(folder) / "thresholds.json")
-        found = filter_candidates(gather_evidence(list(images), labels, table=table, name="candidates", **common), real, thresholds, max_kept, criteria=tuple(how), **settings)
-    else: found = table.assign(kept=table.groupby("emotion").cumcount() < max_kept, reason="")
-    found.to_csv(Path(folder) / "table.csv", index=False); keep = found.kept.to_numpy()
-    np.savez_compressed(Path(folder) / "kept.npz", images=images[keep], label=labels[keep]); table[keep].to_csv(Path(folder) / "kept.csv", index=False)
-    _write(folder, candidates=len(found), kept=int(keep.sum()), kept_per_emotion=found[keep].emotion.value_counts().to_dict(), reasons=found.reason.fillna("").value_counts().to_dict())
+        found = filter_candidates(seen, real, thresholds, max_kept, criteria=tuple(how), **settings)
+    else: found = pd.concat([table.assign(kept=table.groupby("emotion").cumcount() < max_kept, reason=""), shown_names(seen)], axis=1)
+    found.to_csv(Path(folder) / "table.csv", index=False); keep = found.kept.to_numpy(); mine = found[keep]
+    attributes = {k: [[n] for n in mine[f"shown_{k}" if names == "shown" else k]] for k in ("scene", "object") if world.names[k]}
+    _save_kept(folder, images[keep], labels[keep], mine, world.names, **attributes)
+    _write(folder, candidates=len(found), kept=int(keep.sum()), kept_per_emotion=mine.emotion.value_counts().to_dict(), reasons=found.reason.fillna("").value_counts().to_dict())
 
-def _kept_tensors(folder, view, world):
-    "Training tensors of a kept set: retrieved names stand for the annotation."
-    z, table = np.load(Path(folder) / "kept.npz"), pd.read_csv(Path(folder) / "kept.csv")
-    out = dict(pixel_values=torch.stack([view(i[None]) for i in torch.from_numpy(z["images"]).permute(0, 3, 1, 2)]), label=torch.from_numpy(z["label"]))
-    if world.names["scene"]: out["scene"] = torch.tensor([world.names["scene"].index(n) for n in table.scene])
-    if world.names["object"]: out["objects"] = torch.tensor([[n == o for n in world.names["object"]] for o in table.object])
-    return out
+def _kept_tensors(folder, view):
+    "Training tensors of a kept set."
+    z = dict(np.load(Path(folder) / "kept.npz")); images = torch.from_numpy(z.pop("images")).permute(0, 3, 1, 2)
+    return dict(pixel_values=torch.stack([view(i[None]) for i in images]), **{k: torch.from_numpy(v) for k, v in z.items()})
 
 # %% ../nbs/15b_loop.ipynb #cell-23
 def further_real(folder, num_images, seed=0):
     "A kept set of real mini images, drawn like the training images."
     specs = [draw_spec(2000 + seed, i) for i in range(num_images)]; d = paint(specs, workers=1, progress=False)
-    np.savez_compressed(Path(folder) / "kept.npz", images=d["images"], label=np.array([MIKELS.index(s.emotion) for s in specs]))
-    pd.DataFrame(dict(emotion=[s.emotion for s in specs], scene=[s.scene for s in specs], object=[s.objects[0] for s in specs])).to_csv(Path(folder) / "kept.csv", index=False)
+    table = pd.DataFrame(dict(emotion=[s.emotion for s in specs], scene=[s.scene for s in specs], object=[", ".join(s.objects) for s in specs]))
+    _save_kept(folder, d["images"], np.array([MIKELS.index(s.emotion) for s in specs]), table, dict(scene=list(SCENES), object=list(OBJECTS)), [[s.scene] for s in specs], [s.objects for s in specs])
     _write(folder, kept=num_images)

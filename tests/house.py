@@ -1,5 +1,5 @@
-"The house's chores: side bar, README and site from the notebooks. `python tests/house.py sidebar readme docs`; test_house.py checks their results."
-import base64, html, json, posixpath, re, shutil, subprocess, sys
+"The house's chores: side bar, README and site from the notebooks. `python tests/house.py sidebar readme docs`, `python tests/house.py publish RUN_FOLDER`; test_house.py checks their results."
+import base64, hashlib, html, json, posixpath, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -189,7 +189,21 @@ def broken_links(site):
             elif anchor and file in pages and unquote(anchor) not in pages[file].ids: bad.append(f"{here}: {link}: no such heading")
     return sorted(set(bad))
 
+# ---- results that come with the package
+
+def publish(folder):
+    "Copy the tables of a finished run into the package, beside the settings and what the run's folder tells of its origin."
+    folder = Path(folder); status, env = read(folder/"status.json"), read(folder/"env.json")
+    target = ROOT/"uniemo"/"assets"/"results"/status["experiment"]; shutil.rmtree(target, ignore_errors=True); target.mkdir(parents=True)
+    tables = sorted(p.name for p in folder.glob("*.csv"))
+    for name in [*tables, "settings.json"]: shutil.copyfile(folder/name, target/name)
+    packages = {k: env["packages"][k] for k in ("torch", "diffusers", "transformers", "accelerate", "numpy") if k in env["packages"]}
+    origin = dict(run=folder.name, started=status["started"], seconds=status["seconds"], python=env["python"], platform=env["platform"], cpus=env["cpus"], device=env["device"], packages=packages,
+                  sha256={n: hashlib.sha256((target/n).read_bytes()).hexdigest() for n in tables})
+    (target/"provenance.json").write_text(json.dumps(origin, indent=1) + "\n")
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["publish"]: [publish(o) for o in sys.argv[2:]]; raise SystemExit
     chores = dict(sidebar=lambda: (NBS/"sidebar.yml").write_text(sidebar()), readme=write_readme, docs=lambda: print(f"{docs()/'index.html'}"), quarto=quarto_docs)
     if unknown := [o for o in sys.argv[1:] if o not in chores]: raise SystemExit(f"unknown chore {unknown[0]!r}: one of {', '.join(chores)}")
     for o in sys.argv[1:]: chores[o]()

@@ -122,10 +122,10 @@ def kept_table(n=16):
 @pytest.mark.parametrize("kind", ("png", "jpg", "array"))
 def test_written_set_reads_as_emoset(world, tmp_path, kind):
     data = EmoSet(world, "train"); pictures = [data.image(i) for i in range(16)]; t = kept_table(); t.loc[3, "confidence"] = np.nan
-    if kind == "array": folder = write_kept(t, tmp_path / "kept", world, [np.asarray(p) for p in pictures])
+    if kind == "array": folder = write_kept(t, tmp_path / "kept", world, [np.asarray(p) for p in pictures], names="retrieved")
     else:
         for i, p in enumerate(pictures): p.save(tmp_path / f"{i}.{kind}")
-        folder = write_kept(t.assign(path=[str(tmp_path / f"{i}.{kind}") for i in range(16)]), tmp_path / "kept", data, thresholds=loose())
+        folder = write_kept(t.assign(path=[str(tmp_path / f"{i}.{kind}") for i in range(16)]), tmp_path / "kept", data, thresholds=loose(), names="retrieved")
         assert FilterThresholds.load(folder / "thresholds.json") == loose()
     assert check(folder, verbose=False).empty; d = EmoSet(folder, "train"); notes = d.read_annotations(); assert d.tables == data.tables and len(d) == 16
     assert set(notes.scene.dropna()) == {"beach"} and notes.scene.isna().sum() == 8 and all(o == ["Teddy bear"] for o in notes.object)     # spelled as in the label file
@@ -137,7 +137,7 @@ def test_what_cannot_be_written_is_named(world, tmp_path):
     data = EmoSet(world, "train"); t = kept_table(); pictures = [data.image(i) for i in range(16)]
     with pytest.raises(ValueError, match="are the same image"): write_kept(t, tmp_path / "a", data, [pictures[0]] * 16)
     with pytest.raises(ValueError, match="3 images for 16 candidates"): write_kept(t, tmp_path / "b", data, pictures[:3])
-    with pytest.raises(ValueError, match="object 'Unicorn'"): write_kept(t.assign(object="Unicorn"), tmp_path / "c", data, pictures)
+    with pytest.raises(ValueError, match="object 'Unicorn'"): write_kept(t.assign(object="Unicorn"), tmp_path / "c", data, pictures, names="retrieved")
     with pytest.raises(ValueError, match="emotion 'joy'"): write_kept(t.assign(emotion="joy"), tmp_path / "d", data, pictures)
 
 def test_pictures_of_awkward_tables():
@@ -146,3 +146,9 @@ def test_pictures_of_awkward_tables():
     t, c, real = kept_table(), draw(16, 1), draw(900, 2); pictures = [np.zeros((8, 8, 3), np.uint8)] * 16
     for table in (t, t.assign(kept=False, reason="surplus", rank=-1)): plot_filtered(table, pictures, columns=3); plot_coverage(table, c, real); plt.close("all")
     with pytest.raises(ValueError, match="no candidate of joy"): plot_filtered(t, pictures, "joy")
+
+def test_annotations_name_what_the_picture_shows(world, tmp_path):
+    "The likeliest names by the evidence are the annotation; what the image was made with is its provenance."
+    data = EmoSet(world, "train"); t = kept_table(); pictures = [data.image(i) for i in range(16)]; notes = EmoSet(write_kept(t, tmp_path / "kept", data, pictures), "train").read_annotations()
+    row = [int(i.rsplit("_", 1)[1]) for i in notes.image_id]; assert [n.lower() for n in notes.scene] == list(t.shown_scene[row]) and [o for o, in notes.object] == list(t.shown_object[row])
+    assert len(set(t.shown_scene)) > 1 and all(g["attributes"]["object"] == "teddy_bear" for g in notes.generated)

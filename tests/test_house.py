@@ -1,5 +1,5 @@
 "Is what is committed what the notebooks say? Export, outputs, tags, README, side bar, site, wheel."
-import ast, json, os, re, shutil, subprocess, sys, tarfile, zipfile
+import ast, hashlib, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 import pytest
 import house
@@ -88,6 +88,18 @@ def test_parameters_tag_survives_cleaning(tmp_path):
 def test_experiment_has_parameters(nb):
     tagged = [c for c in code_cells(nb) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, "one cell of an experiment has the tag `parameters`"
+
+RESULTS = sorted((ROOT/"uniemo"/"assets"/"results").glob("*/"))
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: p.name)
+def test_published_results_are_those_of_their_run(folder):
+    "No table was edited, and the settings are the experiment's own defaults."
+    from uniemo.mini import WORLD_VERSION
+    from uniemo.runs import read_parameters
+    origin, settings, known = read(folder/"provenance.json"), read(folder/"settings.json"), read_parameters(NBS/"experiments"/f"{folder.name}.ipynb")
+    tables = sorted(p.name for p in folder.glob("*.csv")); assert tables and sorted(origin["sha256"]) == tables
+    for name in tables: assert hashlib.sha256((folder/name).read_bytes()).hexdigest() == origin["sha256"][name], f"{name} is not what the run wrote: python tests/house.py publish RUN_FOLDER"
+    assert settings.pop("world") == WORLD_VERSION and settings == {k: known[k].default for k in settings}, "the notebook's defaults are not those of the published run"
 
 # ---- README, side bar, site
 

@@ -373,11 +373,11 @@ def _jpeg(image, quality):
     image = read_image(image) if isinstance(image, str | Path) else to_rgb(image) if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)).convert("RGB")
     out = io.BytesIO(); image.save(out, "JPEG", quality=quality, subsampling=0); return out.getvalue()
 
-def _note(r, image_id, tables):
+def _note(r, image_id, tables, names):
     "EmoSet's annotation of row `r`, with its provenance; names are written as the label file has them."
     note = dict(image_id=image_id, emotion=r.emotion)
     for kind in ("scene", "object"):
-        column = f"shown_{kind}" if f"shown_{kind}" in r else kind
+        column = f"shown_{kind}" if names == "shown" and f"shown_{kind}" in r else kind
         if _plain(r.get(column)) is None: continue
         if fold(r[column]) not in tables[kind]: raise ValueError(f"{kind} {r[column]!r} of {image_id} is not in the label file of the real set: correct the table's column {column!r}, or set it to None")
         name = tables[kind][fold(r[column])]; note[kind] = [name] if kind == "object" else name
@@ -385,10 +385,11 @@ def _note(r, image_id, tables):
     return note | dict(generated=dict(emotion=r.emotion, attributes={k: _plain(r[k]) for k in ("scene", "object") if k in r}, scores={k: _plain(r[k]) for k in SCORES}, **rest))
 
 # %% ../nbs/15_filtering.ipynb #cell-58
-def write_kept(table, folder, like, images=None, split="train", thresholds=None, prefix="generated", quality=95, progress=False):
-    """Write what `table` keeps as a data set in EmoSet's format into the new `folder`, and return its path. Scene and object of an annotation are the `shown_names` where the table has them,
-    else its `scene` and `object`; those it was made with stand under `generated`. `like`: the real `EmoSet` (or its folder), whose label file is taken;
+def write_kept(table, folder, like, images=None, split="train", thresholds=None, names="shown", prefix="generated", quality=95, progress=False):
+    """Write what `table` keeps as a data set in EmoSet's format into the new `folder`, and return its path. `names`: scene and object of an annotation are the `shown_names` where the table has
+    them ("shown"), or its `scene` and `object` ("retrieved"), which stand under `generated` in any case. `like`: the real `EmoSet` (or its folder), whose label file is taken;
     `images`: one a row of the table, paths, Pillow images or uint8 arrays (default: the column `path`); files that are no JPEG are saved as such with `quality`."""
+    if names not in ("shown", "retrieved"): raise ValueError(f"names must be 'shown' or 'retrieved', not {names!r}")
     root, kept = Path(folder), table[table.kept]; like = like if isinstance(like, EmoSet) else EmoSet(like, EmoSet.splits(like)[0])
     if root.exists() and any(root.iterdir()): raise FileExistsError(f"{root} is not empty; choose a new folder, so that no image of another round stays in it")
     if not len(kept): raise ValueError(f"no candidate is kept, of {len(table)}; the first reasons: {', '.join(f'{n} {r}' for r, n in table.reason.value_counts().items())}")
@@ -398,7 +399,7 @@ def write_kept(table, folder, like, images=None, split="train", thresholds=None,
     if alien: raise ValueError(f"emotion {sorted(alien)[0]!r} is not in the label file of {like.root}: {', '.join(like.emotions)}")
     tables = {kind: {fold(n): n for n in like.tables[kind]} for kind in ("scene", "object")}; index, seen = [], {}
     for i, (row, r) in enumerate(tqdm(kept.sort_values(["emotion", "rank"]).iterrows(), total=len(kept), disable=not progress, desc="writing")):
-        image_id = f"{r.emotion}_{prefix}_{table.index.get_loc(row):06d}"; note = _note(r, image_id, tables); at = table.index.get_loc(row)
+        image_id = f"{r.emotion}_{prefix}_{table.index.get_loc(row):06d}"; note = _note(r, image_id, tables, names); at = table.index.get_loc(row)
         data = _jpeg(r.path if images is None else images[at], quality); digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest in seen: raise ValueError(f"{image_id} and {seen[digest]} are the same image: filter with the criterion 'diverse', or drop one of them")
         seen[digest] = image_id; paths = [f"{kind}/{r.emotion}/{image_id}.{end}" for kind, end in (("image", "jpg"), ("annotation", "json"))]

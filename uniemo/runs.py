@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'PACKAGE', 'write_atomic', 'write_json', 'read_json', 'Parameter', 'read_parameters', 'coerce', 'nearest',
            'check_parameters', 'experiments', 'find_notebook', 'describe', 'git_commit', 'device_info', 'environment',
            'Run', 'new_run', 'show_metrics', 'Watch', 'RunFailed', 'Terminated', 'start', 'resume', 'runs_dir_of',
-           'all_runs', 'find_run', 'main_metric', 'list_runs', 'compare']
+           'all_runs', 'find_run', 'main_metric', 'list_runs', 'compare', 'published', 'earlier_rows']
 
 # %% ../nbs/17_runs.ipynb #cell-03
 import ast, difflib, io, json, logging, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time, tokenize, warnings
@@ -532,3 +532,18 @@ def compare(runs):
             row = [table[r.id].get(name) for r in runs]
             if kind == "summary" or any(v != row[0] for v in row): rows[kind, name] = row
     return pd.DataFrame.from_dict(rows, orient="index", columns=[r.id for r in runs], dtype=object).set_index(pd.MultiIndex.from_tuples(rows, names=["", "name"]))
+
+# %% ../nbs/17_runs.ipynb #cell-56c
+def published(name):
+    "The folder of the results of experiment `name` that come with the package: CSV files, `settings.json` and `provenance.json`; a `FileNotFoundError` names those there are."
+    base = PACKAGE/"assets"/"results"; known = sorted(p.name for p in base.glob("*/")) if base.is_dir() else []
+    if name not in known: raise FileNotFoundError(f"no published results of {name!r}; there are: {', '.join(known) or 'none'}")
+    return base/name
+
+def earlier_rows(folder, file, settings):
+    "Rows (dicts without empty cells) of the CSV `file` in `folder`, the results of an earlier run; none without `folder` or file. Other settings than `settings` in its `settings.json` are refused."
+    import pandas as pd
+    if not folder or not (path := Path(folder)/file).exists(): return []
+    there = read_json(Path(folder)/"settings.json", {}); differ = [k for k in settings if there.get(k) != settings[k]]
+    if differ: raise ValueError(f"{path}: {differ[0]} is {there.get(differ[0])!r} there and {settings[differ[0]]!r} here; rows of different settings cannot stand in one table")
+    return [{k: v for k, v in r.items() if v == v} for r in pd.read_csv(path, float_precision="round_trip").to_dict("records")]

@@ -30,6 +30,8 @@ def test_experts_goes_on_where_it_was_stopped(tmp_path):
     again = pd.read_csv(resume(run, progress=False).dir/"runs.csv")
     assert len((run.dir/"metrics.jsonl").read_text().splitlines()) == 9 + 4                           # four were trained again
     pd.testing.assert_frame_equal(again, table)
+    other = start("experts", dict(params, previous=[str(run.dir)]), tmp_path, progress=False); assert not (other.dir/"metrics.jsonl").exists()    # nothing was trained
+    with pytest.raises(RunFailed, match="num_probes is 8 there"): start("experts", dict(params, num_probes=9, previous=[str(run.dir)]), tmp_path, progress=False)
     with pytest.raises(Exception, match="needs its steps"): start("experts", dict(params, steps=[2, 3]), tmp_path, progress=False)
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -90,9 +90,10 @@ def test_quickstart(tmp_path):
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
 
 def test_evaluate(tmp_path):
-    run = start("evaluate", dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"], num_train=32, num_test=40, num_per_emotion=2), tmp_path, progress=False)
+    params = dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"], num_train=32, num_test=40, num_per_emotion=2); run = start("evaluate", params, tmp_path, progress=False)
     table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
     assert {"emo_a_UniEmo", "accuracy_stage_1_continued", "accuracy_joint_training"} <= set(run.summary())
+    again = start("evaluate", dict(params, previous=str(run.dir)), tmp_path, progress=False); assert again.summary() == run.summary() and not (again.dir / "stages").exists()      # all rows are taken over
 
 def test_feedback(tmp_path):
     run = start("feedback", dict(TINY, sizes=[32], seeds=[0], num_per_emotion=2, max_kept=2, num_test=40), tmp_path, progress=False)

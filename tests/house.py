@@ -198,7 +198,7 @@ def publish(folder):
     tables = sorted(p.name for p in folder.glob("*.csv"))
     for name in [*tables, "settings.json"]: shutil.copyfile(folder/name, target/name)
     packages = {k: env["packages"][k] for k in ("torch", "diffusers", "transformers", "accelerate", "numpy") if k in env["packages"]}
-    origin = dict(run=folder.name, started=status["started"], seconds=status["seconds"], python=env["python"], platform=env["platform"], cpus=env["cpus"], device=env["device"], packages=packages,
+    origin = dict(run=folder.name, commit=env["commit"], dirty=env["dirty"], started=status["started"], seconds=status["seconds"], python=env["python"], platform=env["platform"], cpus=env["cpus"], device=env["device"], packages=packages,
                   sha256={n: hashlib.sha256((target/n).read_bytes()).hexdigest() for n in tables})
     (target/"provenance.json").write_text(json.dumps(origin, indent=1) + "\n")
 

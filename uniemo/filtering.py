@@ -6,7 +6,7 @@
 __all__ = ['SAME', 'CRITERIA', 'REASONS', 'SCORES', 'Evidence', 'gather_evidence', 'unit', 'nearest', 'knn_cosines', 'in_range',
            'FilterThresholds', 'attribute_margin', 'own_confidence', 'fit_thresholds', 'facility_location',
            'facility_value', 'shown_names', 'score_candidates', 'filter_candidates', 'filter_summary', 'plot_filtered',
-           'coverage_scores', 'coverage_table', 'plot_coverage', 'write_kept']
+           'coverage_scores', 'coverage_table', 'plot_coverage', 'label_columns', 'write_kept']
 
 # %% ../nbs/15_filtering.ipynb #cell-03
 import hashlib, io, json, math, warnings
@@ -373,11 +373,16 @@ def _jpeg(image, quality):
     image = read_image(image) if isinstance(image, str | Path) else to_rgb(image) if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)).convert("RGB")
     out = io.BytesIO(); image.save(out, "JPEG", quality=quality, subsampling=0); return out.getvalue()
 
-def _note(r, image_id, tables, names):
+def label_columns(names):
+    "The column of scene and of object by which a kept image is labelled: what its picture shows ('shown'), or what it was made with ('retrieved')."
+    if names not in ("shown", "retrieved"): raise ValueError(f"names must be 'shown' or 'retrieved', not {names!r}")
+    return {k: f"shown_{k}" if names == "shown" else k for k in ("scene", "object")}
+
+def _note(r, image_id, tables, columns):
     "EmoSet's annotation of row `r`, with its provenance; names are written as the label file has them."
     note = dict(image_id=image_id, emotion=r.emotion)
-    for kind in ("scene", "object"):
-        column = f"shown_{kind}" if names == "shown" and f"shown_{kind}" in r else kind
+    for kind, column in columns.items():
+        column = column if column in r else kind
         if _plain(r.get(column)) is None: continue
         if fold(r[column]) not in tables[kind]: raise ValueError(f"{kind} {r[column]!r} of {image_id} is not in the label file of the real set: correct the table's column {column!r}, or set it to None")
         name = tables[kind][fold(r[column])]; note[kind] = [name] if kind == "object" else name
@@ -389,8 +394,7 @@ def write_kept(table, folder, like, images=None, split="train", thresholds=None,
     """Write what `table` keeps as a data set in EmoSet's format into the new `folder`, and return its path. `names`: scene and object of an annotation are the `shown_names` where the table has
     them ("shown"), or its `scene` and `object` ("retrieved"), which stand under `generated` in any case. `like`: the real `EmoSet` (or its folder), whose label file is taken;
     `images`: one a row of the table, paths, Pillow images or uint8 arrays (default: the column `path`); files that are no JPEG are saved as such with `quality`."""
-    if names not in ("shown", "retrieved"): raise ValueError(f"names must be 'shown' or 'retrieved', not {names!r}")
-    root, kept = Path(folder), table[table.kept]; like = like if isinstance(like, EmoSet) else EmoSet(like, EmoSet.splits(like)[0])
+    columns, root, kept = label_columns(names), Path(folder), table[table.kept]; like = like if isinstance(like, EmoSet) else EmoSet(like, EmoSet.splits(like)[0])
     if root.exists() and any(root.iterdir()): raise FileExistsError(f"{root} is not empty; choose a new folder, so that no image of another round stays in it")
     if not len(kept): raise ValueError(f"no candidate is kept, of {len(table)}; the first reasons: {', '.join(f'{n} {r}' for r, n in table.reason.value_counts().items())}")
     if images is None and "path" not in table: raise ValueError("the table has no column 'path': pass images, one a row of it")
@@ -399,7 +403,7 @@ def write_kept(table, folder, like, images=None, split="train", thresholds=None,
     if alien: raise ValueError(f"emotion {sorted(alien)[0]!r} is not in the label file of {like.root}: {', '.join(like.emotions)}")
     tables = {kind: {fold(n): n for n in like.tables[kind]} for kind in ("scene", "object")}; index, seen = [], {}
     for i, (row, r) in enumerate(tqdm(kept.sort_values(["emotion", "rank"]).iterrows(), total=len(kept), disable=not progress, desc="writing")):
-        image_id = f"{r.emotion}_{prefix}_{table.index.get_loc(row):06d}"; note = _note(r, image_id, tables, names); at = table.index.get_loc(row)
+        image_id = f"{r.emotion}_{prefix}_{table.index.get_loc(row):06d}"; note = _note(r, image_id, tables, columns); at = table.index.get_loc(row)
         data = _jpeg(r.path if images is None else images[at], quality); digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest in seen: raise ValueError(f"{image_id} and {seen[digest]} are the same image: filter with the criterion 'diverse', or drop one of them")
         seen[digest] = image_id; paths = [f"{kind}/{r.emotion}/{image_id}.{end}" for kind, end in (("image", "jpg"), ("annotation", "json"))]

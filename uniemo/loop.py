@@ -24,7 +24,7 @@ from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
 from .data import View, eval_transform, fold, load_data
 from .emotions import MIKELS
-from .filtering import CRITERIA, filter_candidates, fit_thresholds, gather_evidence, shown_names
+from .filtering import CRITERIA, filter_candidates, fit_thresholds, gather_evidence, label_columns, shown_names
 from .foundation import load_clip, load_diffusion, mini_folder
 from .fusion import PseudoWordMapper
 from .generation_metrics import evaluate_generation, mini_networks
@@ -237,18 +237,14 @@ def scores(folder, data, candidates, real="test", as_released=False):
     out.to_csv(Path(folder) / "scores.csv"); _write(folder, **out.value.to_dict())
 
 # %% ../nbs/15b_loop.ipynb #cell-21
-def _save_kept(folder, images, label, table, names, scene=None, object=None):
-    "`kept.npz`: images and what is to be learnt of them (label, index of the scene, objects as multi-hot rows); `kept.csv`: their table. `scene`, `object`: lists of names of each image."
-    labels = dict(label=label)
-    if scene is not None: labels["scene"] = np.array([names["scene"].index(s) for s, in scene], dtype=np.int64)
-    if object is not None: labels["objects"] = np.array([[n in o for n in names["object"]] for o in object], dtype=bool).reshape(len(images), len(names["object"]))
+def _save_kept(folder, table, images, **labels):
+    "`kept.npz`: images and what is to be learnt of them (`label`, index of the `scene`, `objects` as multi-hot rows); `kept.csv`: their table."
     np.savez_compressed(Path(folder) / "kept.npz", images=images, **labels); table.to_csv(Path(folder) / "kept.csv", index=False)
 
 def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="shown", backbone="mini", workers=1, **settings):
     """What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels).
     `names`: attribute labels of the kept images, those the foundation model reads in the picture ("shown") or those it was made with ("retrieved")."""
-    if names not in ("shown", "retrieved"): raise ValueError(f"names must be 'shown' or 'retrieved', not {names!r}")
-    images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
+    columns = label_columns(names); images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
     view = _view(model); world = load_world(data, view, workers); labels = np.array([world.emotions.index(e) for e in table.emotion])
     clip, tokenizer = load_clip(None if backbone == "mini" else backbone); common = dict(clip=clip, tokenizer=tokenizer, classifier=model, view=view, scene_names=world.names["scene"] or (), object_names=world.names["object"] or ())
     seen = gather_evidence(list(images), labels, table=table, name="candidates", **common)
@@ -258,8 +254,10 @@ def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="sh
         found = filter_candidates(seen, real, thresholds, max_kept, criteria=tuple(how), **settings)
     else: found = pd.concat([table.assign(kept=table.groupby("emotion").cumcount() < max_kept, reason=""), shown_names(seen)], axis=1)
     found.to_csv(Path(folder) / "table.csv", index=False); keep = found.kept.to_numpy(); mine = found[keep]
-    attributes = {k: [[n] for n in mine[f"shown_{k}" if names == "shown" else k]] for k in ("scene", "object") if world.names[k]}
-    _save_kept(folder, images[keep], labels[keep], mine, world.names, **attributes)
+    learnt = dict(label=labels[keep])
+    if world.names["scene"]: learnt["scene"] = np.array([world.names["scene"].index(n) for n in mine[columns["scene"]]], dtype=np.int64)
+    if world.names["object"]: learnt["objects"] = mine[columns["object"]].to_numpy()[:, None] == np.array(world.names["object"], object)
+    _save_kept(folder, mine, images[keep], **learnt)
     _write(folder, candidates=len(found), kept=int(keep.sum()), kept_per_emotion=mine.emotion.value_counts().to_dict(), reasons=found.reason.fillna("").value_counts().to_dict())
 
 def _kept_tensors(folder, view):
@@ -272,5 +270,5 @@ def further_real(folder, num_images, seed=0):
     "A kept set of real mini images, drawn like the training images."
     specs = [draw_spec(2000 + seed, i) for i in range(num_images)]; d = paint(specs, workers=1, progress=False)
     table = pd.DataFrame(dict(emotion=[s.emotion for s in specs], scene=[s.scene for s in specs], object=[", ".join(s.objects) for s in specs]))
-    _save_kept(folder, d["images"], np.array([MIKELS.index(s.emotion) for s in specs]), table, dict(scene=list(SCENES), object=list(OBJECTS)), [[s.scene] for s in specs], [s.objects for s in specs])
+    _save_kept(folder, table, d["images"], label=np.array([MIKELS.index(s.emotion) for s in specs]), scene=d["scene"], objects=d["objects"])
     _write(folder, kept=num_images)

@@ -541,9 +541,11 @@ def published(name):
     return base/name
 
 def earlier_rows(folder, file, settings):
-    "Rows (dicts without empty cells) of the CSV `file` in `folder`, the results of an earlier run; none without `folder` or file. Other settings than `settings` in its `settings.json` are refused."
+    "Rows (dicts without empty cells) of the CSV `file` in `folder`, the results of an earlier run; none without `folder`, or where it has no such table. A folder without `settings.json`, or with other settings than `settings`, is refused."
     import pandas as pd
-    if not folder or not (path := Path(folder)/file).exists(): return []
-    there = read_json(Path(folder)/"settings.json", {}); differ = [k for k in settings if there.get(k) != settings[k]]
+    if not folder: return []
+    if not (Path(folder)/"settings.json").exists(): raise FileNotFoundError(f"{folder} has no settings.json: name the folder of an earlier run of this experiment")
+    if not (path := Path(folder)/file).exists(): return []
+    there = read_json(Path(folder)/"settings.json"); differ = [k for k in settings if there.get(k) != settings[k]]
     if differ: raise ValueError(f"{path}: {differ[0]} is {there.get(differ[0])!r} there and {settings[differ[0]]!r} here; rows of different settings cannot stand in one table")
     return [{k: v for k, v in r.items() if v == v} for r in pd.read_csv(path, float_precision="round_trip").to_dict("records")]

@@ -241,8 +241,8 @@ def paint_scene(name, rng, size=64):
 
 def grid(images, titles=None, ncols=8, scale=1.2):
     "Show images (Pillow or arrays) in a grid with optional titles; returns the figure."
-    nrows = math.ceil(len(images) / ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(ncols * scale, nrows * (scale + (.22 if titles is not None else 0))), squeeze=False)
+    nrows = math.ceil(len(images) / ncols); lines = 1 + max((str(t).count("\n") for t in titles), default=0) if titles is not None else 0
+    fig, axes = plt.subplots(nrows, ncols, figsize=(ncols * scale, nrows * (scale + .22 * lines)), squeeze=False)
     for k, ax in enumerate(axes.flat):
         ax.axis("off")
         if k < len(images): ax.imshow(images[k])

@@ -312,7 +312,7 @@ def _process():
     import psutil
     return dict(pid=os.getpid(), pid_created=psutil.Process().create_time(), host=socket.gethostname())
 
-def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def _now(timespec="seconds"): return datetime.now(timezone.utc).isoformat(timespec=timespec)
 
 def new_run(experiment, params, runs_dir=None, run_id=None, status="running", **info):
     "A new folder under `runs_dir` (default: UNIEMO_RUNS_DIR or 'runs') with params.json, env.json and status.json; refuses a folder that is there."
@@ -324,7 +324,7 @@ def new_run(experiment, params, runs_dir=None, run_id=None, status="running", **
         except FileExistsError: continue
     else: raise FileExistsError(f"{base/stem} is there already; choose another run id, or go on with: uniemo resume {stem}")
     run = Run(base/name); write_json(run.dir/"params.json", params); write_json(run.dir/"env.json", environment(params.get("seed")))
-    run._set(id=name, experiment=experiment, status=status, started=_now(), ended=None, seconds=None, attempts=1, error=None, **info, **_process())
+    run._set(id=name, experiment=experiment, status=status, started=_now("microseconds"), ended=None, seconds=None, attempts=1, error=None, **info, **_process())
     return run
 
 # %% ../nbs/17_runs.ipynb #cell-40
@@ -516,9 +516,9 @@ def list_runs(runs_dir=None):
     import pandas as pd
     rows = []
     for r in all_runs(runs_dir):
-        i = _try_info(r); status = r.status if i else "unreadable"
-        secs = i.get("seconds") or (round(time.time() - datetime.fromisoformat(i["started"]).timestamp()) if status == "running" else None)
-        rows.append(dict(run=r.id, experiment=i.get("experiment"), status=status, cell=f"{i['cell']}/{i['cells']}" if i.get("cells") else "", started=i.get("started"), seconds=secs, metric=main_metric(r)))
+        i = _try_info(r); status = r.status if i else "unreadable"; started = i.get("started")
+        secs = i.get("seconds") or (round(time.time() - datetime.fromisoformat(started).timestamp()) if status == "running" else None)
+        rows.append(dict(run=r.id, experiment=i.get("experiment"), status=status, cell=f"{i['cell']}/{i['cells']}" if i.get("cells") else "", started=started and datetime.fromisoformat(started).isoformat(timespec="seconds"), seconds=secs, metric=main_metric(r)))
     return pd.DataFrame(rows, columns=["run", "experiment", "status", "cell", "started", "seconds", "metric"])
 
 def compare(runs):

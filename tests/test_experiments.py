@@ -6,9 +6,9 @@ from uniemo.runs import RunFailed, resume, start
 
 TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
 
-def test_understanding_is_repeatable(tmp_path):
-    "Same seed, same machine: identical summary.json, with the scores that only a known truth allows."
-    runs = [start("understanding", dict(TINY, num_images=160), tmp_path, name, progress=False) for name in ("a", "b")]
+def test_understanding_is_repeatable(tmp_path, run_again):
+    "Same seed, same machine: identical summary.json, in a second process and after a second Run All, with the scores that only a known truth allows."
+    runs = [start(notebook, dict(TINY, num_images=160), tmp_path, name, progress=False) for notebook, name in (("understanding", "a"), (run_again("understanding"), "b"))]
     a, b = ((r.dir/"summary.json").read_text() for r in runs)
     assert a == b and {"accuracy", "accuracy_low", "bayes", "pointing_object", "scene_moves", "calibration_error", "wheel_distance"} <= set(json.loads(a))
     assert (runs[0].dir/"model/model.safetensors").exists() and {"attention.png", "curves.png", "confusion.png"} <= {p.name for p in (runs[0].dir/"figures").iterdir()}

@@ -85,8 +85,8 @@ TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_thr
 def test_joint_experiment(tmp_path):
     run = start("joint", dict(TINY, num_train=32, num_test=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
 
-def test_quickstart(tmp_path):
-    run = start("quickstart", dict(TINY, num_train=48, num_test=32, num_per_emotion=2, max_kept=2), tmp_path, progress=False)
+def test_quickstart(tmp_path, run_again):
+    run = start(run_again("quickstart"), dict(TINY, num_train=48, num_test=32, num_per_emotion=2, max_kept=2), tmp_path, progress=False)
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
 
 def test_evaluate(tmp_path):

@@ -15,8 +15,8 @@ def run(name, tmp_path, **params):
 
 
 @shipped
-def test_tour(tmp_path):
-    done = run("tour", tmp_path, num_images=80, num_samples=8, steps=3, workers=1)
+def test_tour(tmp_path, run_again):
+    done = run(run_again("tour"), tmp_path, num_images=80, num_samples=8, steps=3, workers=1)
     summary = json.loads((done.dir / "summary.json").read_text())
     assert summary["problems"] == 0 and summary["clip_object"] > .85
     assert {p.name for p in (done.dir / "figures").iterdir()} >= {"world.png", "bayes.png", "painted.png"}

@@ -31,6 +31,9 @@ def test_experts_goes_on_where_it_was_stopped(tmp_path):
     assert len((run.dir/"metrics.jsonl").read_text().splitlines()) == 9 + 4                           # four were trained again
     pd.testing.assert_frame_equal(again, table)
     other = start("experts", dict(params, previous=[str(run.dir)]), tmp_path, progress=False); assert not (other.dir/"metrics.jsonl").exists()    # nothing was trained
+    table.iloc[3:].to_csv(run.dir/"runs.csv", index=False); table.iloc[:7].to_csv(other.dir/"runs.csv", index=False); other._set(status="interrupted")     # one half here, one there, some in both
+    joined = resume(other, progress=False); assert not (joined.dir/"metrics.jsonl").exists() and joined.summary()["difference_16"] == run.summary()["difference_16"]
+    assert len(pd.read_csv(joined.dir/"runs.csv")) == 9
     with pytest.raises(RunFailed, match="num_probes is 8 there"): start("experts", dict(params, num_probes=9, previous=[str(run.dir)]), tmp_path, progress=False)
     with pytest.raises(Exception, match="needs its steps"): start("experts", dict(params, steps=[2, 3]), tmp_path, progress=False)
 

@@ -1,11 +1,12 @@
 "The store of stages, joint training that is interrupted, and tiny runs of the experiments that are built on them."
-import json
+import json, shutil
 
 import numpy as np, pandas as pd, pytest, torch
 
 from uniemo.joint import JointConfig, flip_together
 from uniemo.loop import Store, candidates, joint, kept, metrics_of, read_candidates, respaced, settings_of, understanding
-from uniemo.runs import start
+from uniemo.mini import write_emoset
+from uniemo.runs import RunFailed, start
 from uniemo.training import MemoryData, Trainer
 from uniemo.understanding import UnderstandingConfig
 
@@ -84,6 +85,13 @@ TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_thr
 
 def test_joint_experiment(tmp_path):
     run = start("joint", dict(TINY, num_train=32, num_test=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
+
+def test_joint_says_what_it_needs_before_it_begins(tmp_path):
+    world = write_emoset(tmp_path / "world", 48, progress=False); bare = tmp_path / "bare"
+    for split in ("train", "val", "test"): shutil.copytree(world / "image", bare / split)
+    for data, say in ((world / "image", "no split 'train'"), (bare, "names no scenes and no objects")):
+        with pytest.raises(RunFailed, match=say): start("joint", dict(TINY, data=str(data)), tmp_path / "runs", progress=False)
+    assert not list((tmp_path / "runs").glob("*/stages"))
 
 def test_quickstart(tmp_path, run_again):
     run = start(run_again("quickstart"), dict(TINY, num_train=48, num_test=32, num_per_emotion=2, max_kept=2), tmp_path, progress=False)

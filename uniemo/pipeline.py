@@ -67,7 +67,7 @@ class Understanding:
 # %% ../nbs/14_pipeline.ipynb #cell-07
 @dataclass
 class Generated:
-    "Generated `images` (Pillow) and, one each: wanted `emotion` (a name, or `awe 0.70 + fear 0.30`), `seed` and `index`, retrieved `scene` and `object`, the classifier's `confidence` in what was wanted and its own `predicted` emotion."
+    "Generated `images` (Pillow) and, one each: wanted `emotion` (a name, or `awe 0.70 + fear 0.30`), `seed` and `index`, retrieved `scene` and `object`, the classifier's `confidence` in what was wanted (its probability p of an emotion; of a mixture w the part that both share, sum of min(p, w)) and its own `predicted` emotion."
     images: list
     emotion: list
     prompt: list
@@ -182,6 +182,7 @@ def understand(self: UniEmoPipeline, images, batch_size=32):
     if outs[0].scene_features is not None:
         every = [attention_maps(self.encoder, o) for o in outs]; maps = {k: torch.cat([m[k] for m in every]).cpu().numpy() for k in ("scene", "object")}
         for kind in ("scene", "object"):
+            if not self.retriever.config[f"{kind}_names"]: continue               # data that name one kind only
             z = getattr(self.encoder, f"{kind}_projection")(torch.cat([o[f"{kind}_features"] for o in outs])).float()
             best = similarity(z, getattr(self.retriever, f"{kind}_features").to(z)).max(1); table = self.retriever.config[f"{kind}_names"]
             names[kind], names_similarity[kind] = [table[i] for i in best.indices.tolist()], best.values.cpu().numpy()
@@ -265,7 +266,7 @@ def generate(self: UniEmoPipeline, emotion=None, num_images=1, prompt="<emotion>
              num_inference_steps=50, negative_prompt="", height=None, width=None, batch_size=8, start=0, judge=True, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",)):
     """Images (`Generated`) of an `emotion`: a name, a mixture {name: weight}, a point (`valence`, `arousal` in [-1, 1]), or what a `reference` image shows. `prompt`: any text with `<emotion>`
     (and `<emotion:awe>`, ...); `image`, `strength`: edit a picture; `intensity`: weight of the emotion against the rest of the prompt. Image i of a `seed` is the same in every batch; `start`: number of the first.
-    `judge=False` leaves out the confidence of the pipeline's own encoder."""
+    `judge=False` leaves out the confidence of the pipeline's own encoder; where a prompt has several words it is that of `<emotion>`, or of the first."""
     height, width = height or self.image_size, width or self.image_size
     wanted = self.check_inputs(emotion, prompt, num_images, reference, valence, arousal, image, strength, height, width, num_inference_steps, batch_size, intensity)
     if reference is not None: reference, wanted = self._reference(reference, wanted)
@@ -285,7 +286,7 @@ def generate(self: UniEmoPipeline, emotion=None, num_images=1, prompt="<emotion>
             for n in found: names[n] = names.get(n, []) + found[n]
     self.maybe_free_model_hooks()
     say = wanted.get("<emotion>", next(iter(wanted.values()))); weights = mixture_weights(say, self.emotions).numpy(); out = dict(confidence=None, predicted=None)
-    if judge: u = self.understand(images); out = dict(confidence=[float(p[weights > 0].sum()) for p in u.probabilities], predicted=u.emotion)
+    if judge: u = self.understand(images); out = dict(confidence=[float(np.minimum(p, weights).sum()) for p in u.probabilities], predicted=u.emotion)
     return Generated(images, [_say(say)] * num_images, [prompt] * num_images, [seed] * num_images, list(range(start, start + num_images)), **names, **out)
 
 @patch

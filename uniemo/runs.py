@@ -221,14 +221,18 @@ class Run:
     def __repr__(self): return f"Run({self.dir.name!r}, {self.status})"
 
     @classmethod
-    def current(cls, runs_dir=None):
-        "The run that this notebook belongs to (environment variable UNIEMO_RUN_DIR), or a new folder under `runs_dir` where it runs by itself."
+    def current(cls, runs_dir=None, settings=None):
+        """The run that this notebook belongs to (environment variable UNIEMO_RUN_DIR), or a new folder under `runs_dir` where it runs by itself. `settings` (name -> value): what the files in the
+        folder depend on, kept in its settings.json. With other settings a notebook by itself gets a new folder; the folder of a run is refused by a `ValueError`."""
         given = os.environ.get("UNIEMO_RUN_DIR")
         if given and not Path(given).is_dir(): raise FileNotFoundError(f"UNIEMO_RUN_DIR={given} is no folder; unset it to work without one")
         key = given or str(runs_dir)
-        if key not in _here: _here[key] = cls(given) if given else new_run("interactive", {}, runs_dir=runs_dir, status="interactive")
-        _here[key]._note_device()
-        return _here[key]
+        settings = json.loads(json.dumps(settings or {}, default=_plain_number)); run = _here.get(key) or (cls(given) if given else None)
+        if run is None or not given and run._other(settings): run = new_run("interactive", settings, runs_dir=runs_dir, status="interactive")
+        if k := run._other(settings): raise ValueError(f"{run.dir}: what is there was made with another {k} than {settings.get(k)!r}; begin a new run")
+        if settings: write_json(run.dir/"settings.json", settings)
+        _here[key] = run; run._note_device()
+        return run
 
     @property
     def id(self): return self.dir.name
@@ -249,6 +253,10 @@ class Run:
     @cached_property
     def _attempt(self): return self.info.get("attempts", 1)
     def _set(self, **values): write_json(self.dir/"status.json", {**self.info, **values})
+    def _other(self, settings):
+        "The first of `settings` that is another in settings.json, or None."
+        there = read_json(self.dir/"settings.json", settings) if settings else {}
+        return next((k for k in {**settings, **there} if settings.get(k) != there.get(k)), None)
     def _note_device(self):
         env = self.env
         if env.get("device") is None and device_info() is not None: write_json(self.dir/"env.json", {**env, "device": device_info()})

@@ -2,10 +2,12 @@
 import subprocess, sys
 
 import numpy as np, pytest, torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
 import uniemo
+from uniemo.conditioning import encode_prompts
 from uniemo.mini import draw_spec, render
+from uniemo.space import seeded_generators
 
 FEW = dict(num_inference_steps=2, guidance_scale=3., judge=False)
 
@@ -33,6 +35,16 @@ def test_seeds_prompts_and_guidance(pipe):
     for changed in (dict(seed=1), dict(start=1), dict(guidance_scale=1.), dict(negative_prompt="a photo of a dog"), dict(prompt="<emotion> dog"), dict(intensity=2., prompt="a photo of a <emotion>")):
         assert np.abs(a - pixels(pipe.generate("awe", 1, **{**FEW, **changed}))).max() > 5, changed
     assert np.abs(pixels(pipe.generate("awe", 1, prompt="<emotion> dog", guidance_scale=1., intensity=0., num_inference_steps=2)) - pixels(pipe.generate("fear", 1, prompt="<emotion> dog", guidance_scale=1., intensity=0., num_inference_steps=2))).max() == 0
+
+def test_guidance_rescale_keeps_the_deviation(pipe):
+    "Full rescale: the guided prediction has the deviation of the emotional one, whatever the guidance; as diffusers' own pipeline does it."
+    strong = dict(FEW, guidance_scale=12., num_inference_steps=4); a, b = (pixels(pipe.generate("awe", 2, guidance_rescale=r, **strong)) for r in (0., 1.)); assert a.std() > b.std() and np.abs(a - b).max() > 5
+    assert (pixels(pipe.generate("awe", 1, guidance_rescale=1., **{**FEW, "guidance_scale": 1.})) == pixels(pipe.generate("awe", 1, **{**FEW, "guidance_scale": 1.}))).all()       # nothing guides: nothing to rescale
+    plain = StableDiffusionPipeline(vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=pipe.unet, scheduler=pipe.scheduler, safety_checker=None, feature_extractor=None); plain.set_progress_bar_config(disable=True)
+    generators = seeded_generators(0, 1); words, _ = pipe.draw_words({"<emotion>": "awe"}, generators); latents, _ = pipe.start_latents(generators, 64, 64, 4)
+    embeds, none = (encode_prompts(pipe.text_encoder, pipe.tokenizer, p, w).detach() for p, w in (("<emotion>", words), ("", None)))
+    theirs = plain(prompt_embeds=embeds, negative_prompt_embeds=none, latents=latents / pipe.scheduler.init_noise_sigma, guidance_scale=12., guidance_rescale=.7, num_inference_steps=4).images
+    assert np.abs(np.stack([np.asarray(i, float) for i in theirs]) - pixels(pipe.generate("awe", 1, guidance_rescale=.7, **strong))).max() <= 1
 
 def test_sizes_and_reference(pipe):
     assert pipe.generate("awe", 1, height=96, width=64, **FEW).images[0].size == (64, 96)

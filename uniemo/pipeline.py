@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from fastcore.basics import patch
 from huggingface_hub import snapshot_download
 
@@ -191,13 +192,14 @@ def understand(self: UniEmoPipeline, images, batch_size=32):
 
 # %% ../nbs/14_pipeline.ipynb #cell-18
 @patch
-def check_inputs(self: UniEmoPipeline, emotion, prompt, num_images, reference, valence, arousal, image, strength, height, width, num_inference_steps, batch_size, intensity):
+def check_inputs(self: UniEmoPipeline, emotion, prompt, num_images, reference, valence, arousal, image, strength, height, width, num_inference_steps, batch_size, intensity, guidance_rescale=0.):
     "One clear error for whatever cannot be done; returns what each placeholder of the prompt asks for: {placeholder: emotion or mixture}."
     asked = [n for n, v in (("emotion", emotion), ("valence, arousal", valence if valence is not None else arousal)) if v is not None]
     if len(asked) > 1: raise ValueError("give an emotion or a point (valence, arousal), not both")
     if (valence is None) != (arousal is None): raise ValueError("a point in the plane has both valence and arousal")
     for n, v, least in (("num_images", num_images, 1), ("num_inference_steps", num_inference_steps, 1), ("batch_size", batch_size, 1), ("intensity", intensity, 0)):
         if not v >= least: raise ValueError(f"{n} must be at least {least}, not {v}")
+    if not 0 <= guidance_rescale <= 1: raise ValueError(f"guidance_rescale is a share from 0 to 1, not {guidance_rescale}")
     if image is not None and not 0 < strength <= 1: raise ValueError(f"strength is a share above 0 and up to 1, not {strength}")
     f = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
     for n, v in (("height", height), ("width", width)):
@@ -233,7 +235,7 @@ def draw_words(self: UniEmoPipeline, wanted, generators, reference=None):
 
 # %% ../nbs/14_pipeline.ipynb #cell-22
 @patch
-def denoise(self: UniEmoPipeline, latents, embeds, timesteps, guidance_scale, intensity, generators, callback=None, callback_inputs=("latents",)):
+def denoise(self: UniEmoPipeline, latents, embeds, timesteps, guidance_scale, intensity, generators, callback=None, callback_inputs=("latents",), guidance_rescale=0.):
     "Run the scheduler over `timesteps`; `embeds` [k, B, tokens, d]: negative, (neutral,) emotional."
     k, B = embeds.shape[:2]; embeds = embeds.flatten(0, 1); accepts = inspect.signature(self.scheduler.step).parameters; extra = dict(generator=generators) if "generator" in accepts else {}
     for i, t in enumerate(timesteps):
@@ -242,6 +244,7 @@ def denoise(self: UniEmoPipeline, latents, embeds, timesteps, guidance_scale, in
         if k == 1: noise = parts[0]
         elif k == 2: noise = parts[0] + (guidance_scale if guidance_scale != 1 else intensity) * (parts[1] - parts[0])
         else: noise = parts[0] + guidance_scale * (parts[1] - parts[0] + intensity * (parts[2] - parts[1]))
+        if guidance_rescale and k > 1: noise = rescale_noise_cfg(noise, parts[-1], guidance_rescale)
         latents = self.scheduler.step(noise, t, latents, **extra, return_dict=False)[0]
         if callback is not None:
             changed = callback(self, i, t, {n: {"latents": latents}[n] for n in callback_inputs}); latents = (changed or {}).get("latents", latents)
@@ -262,13 +265,14 @@ def start_latents(self: UniEmoPipeline, generators, height, width, steps, pixels
 # %% ../nbs/14_pipeline.ipynb #cell-24
 @patch
 @torch.no_grad()
-def generate(self: UniEmoPipeline, emotion=None, num_images=1, prompt="<emotion>", seed=0, *, reference=None, valence=None, arousal=None, image=None, strength=.5, intensity=1., guidance_scale=7.5,
+def generate(self: UniEmoPipeline, emotion=None, num_images=1, prompt="<emotion>", seed=0, *, reference=None, valence=None, arousal=None, image=None, strength=.5, intensity=1., guidance_scale=7.5, guidance_rescale=0.,
              num_inference_steps=50, negative_prompt="", height=None, width=None, batch_size=8, start=0, judge=True, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",)):
     """Images (`Generated`) of an `emotion`: a name, a mixture {name: weight}, a point (`valence`, `arousal` in [-1, 1]), or what a `reference` image shows. `prompt`: any text with `<emotion>`
-    (and `<emotion:awe>`, ...); `image`, `strength`: edit a picture; `intensity`: weight of the emotion against the rest of the prompt. Image i of a `seed` is the same in every batch; `start`: number of the first.
+    (and `<emotion:awe>`, ...); `image`, `strength`: edit a picture; `intensity`: weight of the emotion against the rest of the prompt; `guidance_rescale` (0 to 1; Lin et al. 2023,
+    "Common Diffusion Noise Schedules and Sample Steps Are Flawed", section 3.4): how far the guided prediction is brought back to the deviation of the unguided one, for strong guidance. Image i of a `seed` is the same in every batch; `start`: number of the first.
     `judge=False` leaves out the confidence of the pipeline's own encoder; where a prompt has several words it is that of `<emotion>`, or of the first."""
     height, width = height or self.image_size, width or self.image_size
-    wanted = self.check_inputs(emotion, prompt, num_images, reference, valence, arousal, image, strength, height, width, num_inference_steps, batch_size, intensity)
+    wanted = self.check_inputs(emotion, prompt, num_images, reference, valence, arousal, image, strength, height, width, num_inference_steps, batch_size, intensity, guidance_rescale)
     if reference is not None: reference, wanted = self._reference(reference, wanted)
     pixels = None if image is None else self.image_processor.preprocess([_square(i) for i in pil_images(image)], height, width)
     if pixels is not None and len(pixels) not in (1, num_images): raise ValueError(f"{len(pixels)} images to edit for {num_images} results: give one, or one each")
@@ -281,7 +285,7 @@ def generate(self: UniEmoPipeline, emotion=None, num_images=1, prompt="<emotion>
             words, found = self.draw_words(wanted, generators, reference)
             embeds = encode_prompts(self.text_encoder, self.tokenizer, prompt, words); embeds = torch.stack([*(e.expand(B, -1, -1) for e in others), embeds]).to(self.unet.dtype)
             latents, t = self.start_latents(generators, height, width, num_inference_steps, None if pixels is None else pixels[k:k + B] if len(pixels) > 1 else pixels.expand(B, -1, -1, -1), strength)
-            for latents in self.denoise(latents, embeds, t, guidance_scale, intensity, generators, callback_on_step_end, callback_on_step_end_tensor_inputs): bar.update()
+            for latents in self.denoise(latents, embeds, t, guidance_scale, intensity, generators, callback_on_step_end, callback_on_step_end_tensor_inputs, guidance_rescale): bar.update()
             images += self.image_processor.postprocess(self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0], output_type="pil")
             for n in found: names[n] = names.get(n, []) + found[n]
     self.maybe_free_model_hooks()

@@ -293,6 +293,7 @@ def generate(self: UniEmoPipeline, emotion=None, num_images=1, prompt="<emotion>
     if judge: u = self.understand(images); out = dict(confidence=[float(np.minimum(p, weights).sum()) for p in u.probabilities], predicted=u.emotion)
     return Generated(images, [_say(say)] * num_images, [prompt] * num_images, [seed] * num_images, list(range(start, start + num_images)), **names, **out)
 
+# %% ../nbs/14_pipeline.ipynb #c4b1a9f6
 @patch
 def _reference(self: UniEmoPipeline, image, wanted):
     "Features (c, s, o) [1, d] of one image, and what is wanted with the image's own emotion where none was given."

@@ -212,9 +212,10 @@ def environment(seed=None):
     return dict(python=platform.python_version(), executable=sys.executable, platform=platform.platform(), cpus=os.cpu_count(), device=device_info(),
                 seed=seed, commit=commit, dirty=dirty, packages=dict(sorted((k, v) for k, v in packages.items() if k)))
 
-# %% ../nbs/17_runs.ipynb #cell-29
-_here = {}
+# %% ../nbs/17_runs.ipynb #9d72e0c3
+_here = {}                                                                  # the runs of this process, by folder
 
+# %% ../nbs/17_runs.ipynb #cell-29
 class Run:
     "A run's folder `dir`: `log`, `figure`, `summary`, `checkpoints` for the notebook that runs; `info`, `status`, `params`, `metrics` for who looks at it."
     def __init__(self, dir): self.dir = Path(dir).absolute()

@@ -1,5 +1,5 @@
 "The trainer under SIGKILL, in two processes, and what it must not do. UNIEMO_KILLS says how many random moments are tried (3)."
-import multiprocessing, os, random, signal, socket, threading, time
+import multiprocessing, os, random, signal, socket, threading, time, weakref
 from pathlib import Path
 
 import pytest
@@ -123,17 +123,18 @@ def one_of_two(rank, port, queue, attributes):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="yes", GLOO_SOCKET_IFNAME="lo")
     t = understanding_run(attributes=attributes); assert t.world == 2 and t.micro == 8
     if rank == 0: queue.put(t.history)
-    torch.distributed.destroy_process_group()
+    wrapped = weakref.ref(t.model); t.close(); assert wrapped() is None and not torch.distributed.is_initialized()
 
 def values(history, key="loss"): return torch.tensor([r[key] for r in history if key in r])
 
 @pytest.mark.parametrize("attributes", [True, False])
 def test_two_processes_give_the_losses_of_one(attributes):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    queue = processes.Queue(); both = [processes.Process(target=one_of_two, args=(r, port, queue, attributes)) for r in range(2)]
+    queue = processes.Queue(); both = [processes.Process(target=one_of_two, args=(r, port, queue, attributes), daemon=True) for r in range(2)]      # daemon: one that hangs does not hold up the end of the tests
     for p in both: p.start()
     history = queue.get(timeout=900)
     for p in both: p.join(60)
+    assert [p.exitcode for p in both] == [0, 0]
     one = understanding_run(attributes=attributes)
     assert len(values(history)) == 6
     for key in ("loss", "loss_cls", "loss_scene", "loss_object"): torch.testing.assert_close(values(history, key), values(one.history, key), atol=1e-5, rtol=0)

@@ -303,6 +303,12 @@ def _counts(self:Trainer, batches):
     total = sum([self.stage.counts(b) for b in batches[1:]], counts).float()
     return self.accelerator.reduce(total, "sum") / (self.passes * self.world)
 
+# %% ../nbs/12_training.ipynb #a07f53be
+@patch
+def close(self:Trainer):
+    "Free the wrapped model and the optimiser, end the trackers, and leave the group of processes, in this order. Nothing can be trained afterwards; `stage` keeps its weights."
+    self.model = self.optimizer = None; self.accelerator.free_memory(); self.accelerator.end_training()
+
 # %% ../nbs/12_training.ipynb #cell-35
 @patch
 def fetch(self:Trainer):

@@ -154,6 +154,8 @@ def test_seeds_differ():
     assert len(set(numbers)) == len(numbers)
     for bad in (-1, 1.5, "a", None):
         with pytest.raises(ValueError, match="integers"): seeded_generators(bad, 2)
+    for seed, start in ((2**32, 0), (0, 1_000_002)):                        # the generator would read the seed of another sample
+        with pytest.raises(ValueError, match="below 2\\*\\*32"): seeded_generators(seed, 2, start)
 
 
 @each_kind

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .conditioning import encode_prompts
+from .conditioning import compute_device, encode_prompts
 from .data import fold
 from .losses import condition_loss, diffusion_loss, diffusion_target, joint_loss, word_logits
 from .mini import caption
@@ -73,7 +73,7 @@ def pseudo_words(encoder, mapper, retriever, c, s, o, emotion):
     for kind, x in (("scene", s), ("object", o)):
         network = getattr(mapper, f"mapper_{kind}") if mapped else getattr(encoder, f"{kind}_projection")
         if network is None or not retriever.config[f"{kind}_names"]: ask[kind] = None; continue
-        ask[kind] = network(x.to(next(network.parameters()).device)).to(x.device)    # a part of an offloaded model stays where it is
+        ask[kind] = network(x.to(compute_device(network))).to(x.device)    # a part of an offloaded model stays where it is
     found = retriever(ask["scene"], ask["object"], emotion)
     return mapper(c, s, o, found.alpha_scene, found.alpha_object), found
 

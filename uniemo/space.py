@@ -173,8 +173,9 @@ def gather(self:EmotionSpace):
 
 # %% ../nbs/13_space.ipynb #cell-26
 def seeded_generators(seed, num_samples, start=0, device="cpu"):
-    "A `torch.Generator` for each of the samples `start` to `start + num_samples` of `seed`; no two are alike for seeds below 4,294 and samples below 1,000,003."
-    if not (isinstance(seed, (int, np.integer)) and seed >= 0 and start >= 0): raise ValueError(f"seed and start are integers, 0 or more, not {seed!r}, {start!r}")
+    "A `torch.Generator` for each of the samples `start` to `start + num_samples` of `seed`, 0 to 2**32 - 1; no two are alike for seeds below 4,294 and samples below 1,000,003, and no seed has more."
+    if not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and 0 <= v for v in (seed, start)): raise ValueError(f"seed and start are integers, 0 or more, not {seed!r}, {start!r}")
+    if seed >= 2**32 or start + num_samples > 1_000_003: raise ValueError(f"a seed is below 2**32 and has 1,000,003 samples, so that none comes twice: not seed {seed} with samples up to {start + num_samples}; take another seed for more")
     return [torch.Generator(device).manual_seed((int(seed) * 1_000_003 + start + i) % 2**63) for i in range(num_samples)]     # the CPU's generator reads 32 bits of a seed
 
 @patch

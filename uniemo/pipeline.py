@@ -241,6 +241,7 @@ def check_inputs(self: UniEmoPipeline, emotion, prompt, num_images, reference, v
         if self.space is None and (reference is None or p != "<emotion>"): raise ValueError("this pipeline has no emotion space to draw from: fit one (uniemo.space.fit_space), or give a reference image")
     return wanted
 
+# %% ../nbs/14_pipeline.ipynb #cell-18-1
 @patch
 def _check_numbers(self: UniEmoPipeline, counts, sizes):
     f = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)

@@ -152,3 +152,11 @@ def test_annotations_name_what_the_picture_shows(world, tmp_path):
     data = EmoSet(world, "train"); t = kept_table(); pictures = [data.image(i) for i in range(16)]; notes = EmoSet(write_kept(t, tmp_path / "kept", data, pictures), "train").read_annotations()
     row = [int(i.rsplit("_", 1)[1]) for i in notes.image_id]; assert [n.lower() for n in notes.scene] == list(t.shown_scene[row]) and [o for o, in notes.object] == list(t.shown_object[row])
     assert len(set(t.shown_scene)) > 1 and all(g["attributes"]["object"] == "teddy_bear" for g in notes.generated)
+
+def test_what_the_generator_said_decides_nothing():
+    "What the filter computes counts; what the candidates' table says under the same name is kept under made_, also where a filtered table is filtered again."
+    own = pd.DataFrame(dict(emotion="awe", predicted=[MIKELS.names[i % E] for i in range(160)], confidence=1., margin=9., range=0., real_distance=1., reason="", rank=3, kept=True, scene="attic", seed=range(160)))
+    c, real, limits = draw(160, 1, sure=1., table=own), draw(900, 2), loose(confidence=[.4] * E); plain = quiet(draw(160, 1, sure=1.), real, limits, cap=None); t = quiet(c, real, limits, cap=None)
+    mine = ["emotion", "kept", "reason", "predicted", "confidence", "margin", "range", "real_distance", "rank"]; pd.testing.assert_frame_equal(t[mine], plain[mine]); assert {"wrong emotion", "low confidence"} < set(t.reason)
+    for k in own: assert (t[k if k in ("scene", "seed") else f"made_{k}"] == own[k]).all()
+    again = quiet(draw(160, 1, sure=1., table=t), real, limits, cap=None); assert again.columns.is_unique and (again.made_made_confidence == t.confidence).all() and (again.made_confidence == 1).all() and (again.kept == t.kept).all()

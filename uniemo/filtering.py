@@ -236,9 +236,18 @@ def shown_names(evidence):
     kinds = [a if isinstance(a, tuple) else ("", a) for a in evidence.attributes or []]; found = {k: [i for i, a in enumerate(kinds) if a[0] == k] for k in ("scene", "object")}
     return pd.DataFrame({f"shown_{k}": np.array([kinds[j][1] for j in i], object)[evidence.similarities[:, i].argmax(1).numpy()] for k, i in found.items() if i}, index=range(len(evidence.labels)))
 
+def _beside(t, own):
+    "The computed table `t` and the candidates' `own` columns. None of these replaces a computed one, it is called made_... then; but scene and object are those an image was made with, where they are known."
+    computed = {*t, "kept", "reason", "detail", "rank"} - {"scene", "object"}; taken = {*computed, *own}
+    def called(c):
+        new = c
+        while c in computed and new in taken: new = f"made_{new}"
+        return new
+    own = own.rename(columns=called); return pd.concat([t.drop(columns=[c for c in t if c in own]), own], axis=1)
+
 def score_candidates(candidates, real, thresholds):
     """DataFrame [N]: `emotion` (wanted), `predicted`, `confidence`, best `attribute` and its `margin`, `range` (distance over radius, at most 1 inside), `nearest_real`, `real_distance`, `shown_names`
-    (as `scene` and `object`, too, unless those are known), and the candidates' own table. `real`: `Evidence` of the training images, features and labels."""
+    (as `scene` and `object`, too, unless those are known), and the candidates' own table, whose columns of these names are called made_confidence and so on: they decide nothing. `real`: `Evidence` of the training images, features and labels."""
     _check_emotions(candidates, thresholds.emotions); names, own = list(thresholds.emotions), candidates.table
     if real.features.shape[1] != candidates.features.shape[1]: raise ValueError(f"candidates have features of width {candidates.features.shape[1]}, real images of {real.features.shape[1]}: both must come from the same encoder")
     x, r, y = unit(candidates.features), unit(real.features), candidates.labels
@@ -253,7 +262,7 @@ def score_candidates(candidates, real, thresholds):
         else: pooled = pooled if pooled is not None else knn_cosines(r, thresholds.k); part, edge = r, pooled      # too few of its own
         ratio[y == e] = in_range(x[y == e], part, edge)
     distance, index = nearest(x, r); t["range"], t["nearest_real"], t["real_distance"] = ratio.numpy(), index.numpy(), distance.numpy()
-    return pd.concat([t.drop(columns=[c for c in t if c in own]), own], axis=1)
+    return _beside(t, own)
 
 # %% ../nbs/15_filtering.ipynb #cell-36
 CRITERIA = ("faithful", "clear", "in range", "diverse")

@@ -66,3 +66,11 @@ def test_progress_on_a_terminal(tmp_path):
     os.close(leader); assert p.wait(600) == 0
     text = seen.decode(errors="replace"); assert "\r" in text and "of 5 (Count)" in text and "step 3, loss 0.3333" in text, text
     assert json.loads((tmp_path/"runs"/"t"/"status.json").read_text())["cells"] == 5
+
+def test_estimate_asks_what_the_experiment_would_do(capsys):
+    "Images at a time in generation are no batch of training."
+    from uniemo.cli import _of_experiment, main
+    for pairs, made in (({}, 8), (dict(generation_batch_size="3"), 3)): preset, changes = _of_experiment("emoset", pairs); assert preset == "paper" and "batch_size" not in changes and changes["num_images"] == made
+    assert _of_experiment("understanding", dict(batch_size="16"))[1]["batch_size"] == 16 and "num_images" not in _of_experiment("understanding", {})[1]
+    assert main(["estimate", "emoset", *"-p preset mini -p backbone mini -p diffusion mini -p generation_batch_size 3 --device cpu -s understanding -s generation".split()]) == 0
+    out = capsys.readouterr().out; assert "understanding, 64 images" in out and "generation, 3 images" in out

@@ -1,10 +1,24 @@
 "Tiny runs of the experiments: what comes out is meaningless, that it comes out is the test."
-import json
-import pandas as pd, pytest
+import json, os, shutil
+import numpy as np, pandas as pd, pytest
+from uniemo.emotions import MIKELS
+from uniemo.foundation import mini_folder
 from uniemo.mini import write_emoset
-from uniemo.runs import RunFailed, resume, start
+from uniemo.runs import RunFailed, find_notebook, resume, start
 
 TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    "A function that executes single cells of an experiment in this process, after its parameters, and returns their names."
+    monkeypatch.setenv("UNIEMO_RUNS_DIR", str(tmp_path/"runs")); monkeypatch.setattr("matplotlib_inline.backend_inline.set_matplotlib_formats", lambda *args, **kwargs: None)
+    def execute(name, ids, g=None, **params):
+        source = {c["id"]: "".join(c["source"]) for c in json.loads(find_notebook(name).read_text(encoding="utf-8"))["cells"]}
+        if g is None: g = {}; exec(source["cell-02"], g)
+        g.update(params)
+        for i in ids: exec(source[i], g)
+        return g
+    return execute
 
 def test_understanding_is_repeatable(tmp_path, run_again):
     "Same seed, same machine: identical summary.json, in a second process and after a second Run All, with the scores that only a known truth allows."
@@ -44,13 +58,57 @@ def test_emoset_stops_where_files_are_missing(tmp_path, monkeypatch, dry):
     params = dict(dry=dry, data=str(tmp_path/"nowhere"), emogen=str(tmp_path/"nothing"))
     if dry: summary = start("emoset", params, tmp_path/"runs", progress=False).summary(); assert summary == dict(summary, dry=True, missing=21)
     else:
-        with pytest.raises(RunFailed, match="21 of 21 files are missing.*info.json.*clip-vit-large-patch14.*stable-diffusion-v1-5"): start("emoset", params, tmp_path/"runs", progress=False)
+        with pytest.raises(RunFailed, match="21 of 21 files are missing or broken.*info.json.*clip-vit-large-patch14.*stable-diffusion-v1-5"): start("emoset", params, tmp_path/"runs", progress=False)
 
 def test_emoset_by_parameters_only(tmp_path):
     "The whole path, mini models in the place of the full ones: data read from files, latents made on the way, images, metrics; and once more where it was stopped."
     tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True); data = write_emoset(tmp_path/"world", 64, progress=False, splits=(.5, .25, .25))
-    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion="mini", networks="mini", preset="mini", steps=2, num_images=2, num_inference_steps=2, batch_size=2, metric_size=64, num_real=16,
+    diffusion = shutil.copytree(mini_folder("diffusion"), tmp_path/"sd"); index = json.loads((diffusion/"model_index.json").read_text())
+    (diffusion/"model_index.json").write_text(json.dumps(index | dict(feature_extractor=["transformers", "CLIPImageProcessor"], safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])))     # named as in the original, not there, not needed
+    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion=str(diffusion), networks="mini", preset="mini", steps=2, num_images=2, num_inference_steps=2, generation_batch_size=2, metric_size=64, num_real=16,
                                understanding_settings=tiny, joint_settings=tiny, num_threads=1, progress=False), tmp_path/"runs", "tiny", progress=False)
     summary = run.summary(); assert {"accuracy_stage1", "accuracy", "fid", "lpips", "emo_a", "sem_c", "sem_d"} <= set(summary) and not summary["dry"] and len(list((run.dir/"images").glob("*.png"))) == 16
     (run.dir/"images/awe-0-1.png").unlink(); kept = (run.dir/"images/fear-0-0.png").stat().st_mtime_ns; run._set(status="interrupted"); again = resume(run, progress=False)
     assert (run.dir/"images/awe-0-1.png").exists() and (run.dir/"images/fear-0-0.png").stat().st_mtime_ns == kept and again.summary()["fid"] == pytest.approx(summary["fid"], rel=1e-3)
+
+@pytest.mark.parametrize("name, value, near", [("networks", "publishd", "published"), ("space", "lowrnk", "lowrank"), ("on_error", "rise", "raise"), ("preset", "papr", "paper"), ("space", None, "bank")])
+def test_emoset_looks_at_its_parameters_first(cells, name, value, near):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}: did you mean '.*'. known: .*{near}"): cells("emoset", ["cell-03"], **{name: value})
+
+def test_emoset_looks_into_files(cells, tmp_path):
+    "A tokenizer's vocabulary without its merges, a file that was cut off, whence to fetch the networks."
+    clip, sd = (shutil.copytree(mini_folder(k), tmp_path/k) for k in ("clip", "diffusion")); params = dict(data=str(tmp_path), preset="mini", backbone=str(clip), diffusion=str(sd), emogen=str(tmp_path))
+    look = lambda: cells("emoset", ["cell-03", "cell-05"], **params)["files"].set_index(["what", "file"]); clips, diffusions = "CLIP ViT-L/14", "Stable Diffusion 1.5"
+    t = look(); assert (t.there[[clips, diffusions]] == "yes").all() and "https://github.com/toshas/torch-fidelity" in t.whence["inception"].iloc[0] and "https://download.pytorch.org" in t.whence["alexnet"].iloc[0]
+    for f in (clip/"tokenizer.json", sd/"tokenizer/tokenizer.json"): f.unlink(); (f.parent/"vocab.json").write_text("{}")
+    for f, size in ((clip/"model.safetensors", -100), (next((sd/"unet").glob("*.safetensors")), None)): f.write_bytes(f.read_bytes()[:size] if size else b"")
+    t = look(); assert t.there[clips, "model.safetensors"] == "broken" and t.there[diffusions, "unet/diffusion_pytorch_model.safetensors"] == "broken"
+    assert t.there[clips, "tokenizer.json or vocab.json and merges.txt"] == t.there[diffusions, "tokenizer/tokenizer.json or tokenizer/vocab.json and tokenizer/merges.txt"] == "missing" and (t.there == "broken").sum() == 2
+    for f in (clip, sd/"tokenizer"): (f/"merges.txt").touch()
+    assert (look().there[[clips, diffusions]] != "missing").all()
+    with pytest.raises(FileNotFoundError, match=r"CLIP ViT-L/14: model.safetensors \(broken: put it there again\)"): cells("emoset", ["cell-03", "cell-05", "cell-06"], **params, dry=False)
+
+def no_stages(folder, keeps):
+    "A store whose stages take no time, with the number of images that the full filter keeps each time."
+    keeps = iter(keeps); folder.mkdir()
+    def store(stage, **params):
+        k = len(os.listdir(folder)); at = folder/f"{stage.__name__}-{k}"; at.mkdir(); n = 8 if stage.__name__ != "kept" else 4 if "how" in params else next(keeps)
+        images = np.random.default_rng(k).integers(0, 256, (n, 64, 64, 3), dtype=np.uint8); (at/"metrics.json").write_text(json.dumps(dict(accuracy=.5 + k % 7 / 100, kept=n)))
+        np.savez(at/"images.npz", images=images); np.savez(at/"kept.npz", images=images, label=np.arange(n)); pd.DataFrame(dict(emotion=MIKELS.names[:n])).to_csv(at/"table.csv"); return at
+    store.code = "0" * 12; return store
+
+def test_feedback_rows(cells, tmp_path):
+    "What is measured when nothing is kept stays, such a regime counts as finished; real images beside; tables of before, without the later columns, can be shown."
+    g = cells("feedback", ["cell-03", "cell-05"], display=lambda x: None, sizes=[32, 48], seeds=[0, 1], more_rounds={"32": 3}); images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    q, f = g["quality"](images, np.arange(8)); assert 0 < q["diversity"] < 2 and g["chance_drift"](f) == g["chance_drift"](f) > 0
+    q, f = g["quality"](images[:1], np.arange(1)); assert np.isnan(q["diversity"]) and np.isnan(g["chance_drift"](f))
+    cells("feedback", ["cell-06"], g, store=no_stages(tmp_path/"stages", [6, 0, 5, 4, 3, 0, 0])); t = g["results"]; full = t[t.arm == "+ full filter"].set_index(["size", "seed", "round"])
+    assert full.kept.to_dict() == {(32, 0, 1): 6, (32, 0, 2): 0, (32, 1, 1): 5, (32, 1, 2): 4, (32, 1, 3): 3, (48, 0, 1): 0, (48, 1, 1): 0} and (full.accuracy.isna() == (full.kept == 0)).all()
+    assert full[["emo_a", "joint_accuracy", "candidates"]].notna().all(axis=None) and full.drift_chance.notna().sum() == 4 and full.drift[32, 1, 1] == 0
+    assert set(full.index[full.real_emo_a.notna() & full.real_label_error.notna()]) == {(32, 0, 1), (32, 1, 1)} and (t.arm.value_counts()[["real only", "+ further real"]] == [4, 2]).all()
+    shown = ["cell-08", "cell-10", "cell-12", "95c8b7ef", "cell-13"]; cells("feedback", shown, g); assert g["run"].summary()["main_metric"] == "real_only_48"
+    def regime(size, seed): raise AssertionError("all are finished")
+    again = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), regime=regime)["results"]; assert len(again) == len(t) and again.accuracy.isna().sum() == 3
+    before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"]); before[before.kept.ne(0)].to_csv(g["run"].dir/"results.csv", index=False)
+    with pytest.raises(AssertionError): cells("feedback", ["cell-06"], g)                                  # the row that says so is not there, so it is done again
+    cells("feedback", ["cell-06", *shown], g, sizes=[32], seeds=[1]); assert g["results"]["round"].max() == 3

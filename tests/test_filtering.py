@@ -152,3 +152,31 @@ def test_annotations_name_what_the_picture_shows(world, tmp_path):
     data = EmoSet(world, "train"); t = kept_table(); pictures = [data.image(i) for i in range(16)]; notes = EmoSet(write_kept(t, tmp_path / "kept", data, pictures), "train").read_annotations()
     row = [int(i.rsplit("_", 1)[1]) for i in notes.image_id]; assert [n.lower() for n in notes.scene] == list(t.shown_scene[row]) and [o for o, in notes.object] == list(t.shown_object[row])
     assert len(set(t.shown_scene)) > 1 and all(g["attributes"]["object"] == "teddy_bear" for g in notes.generated)
+
+def test_what_the_generator_said_decides_nothing():
+    "What the filter computes counts; what the candidates' table says under the same name is kept under made_, also where a filtered table is filtered again."
+    own = pd.DataFrame(dict(emotion="awe", predicted=[MIKELS.names[i % E] for i in range(160)], confidence=1., margin=9., range=0., real_distance=1., reason="", rank=3, kept=True, scene="attic", seed=range(160)))
+    c, real, limits = draw(160, 1, sure=1., table=own), draw(900, 2), loose(confidence=[.4] * E); plain = quiet(draw(160, 1, sure=1.), real, limits, cap=None); t = quiet(c, real, limits, cap=None)
+    mine = ["emotion", "kept", "reason", "predicted", "confidence", "margin", "range", "real_distance", "rank"]; pd.testing.assert_frame_equal(t[mine], plain[mine]); assert {"wrong emotion", "low confidence"} < set(t.reason)
+    for k in own: assert (t[k if k in ("scene", "seed") else f"made_{k}"] == own[k]).all()
+    again = quiet(draw(160, 1, sure=1., table=t), real, limits, cap=None); assert again.columns.is_unique and (again.made_made_confidence == t.confidence).all() and (again.made_confidence == 1).all() and (again.kept == t.kept).all()
+
+def test_emotions_with_few_real_images_are_named_once():
+    c, real = draw(160, 1), draw(900, 2); real = real[np.flatnonzero((real.labels != 1) & (real.labels != 4) | (torch.arange(900) < 40))]
+    with pytest.warns(UserWarning) as told: t = filter_candidates(c, real, loose(), criteria=("in range",))
+    said = [m for m in (str(w.message) for w in told) if m.startswith("in range:")]
+    assert said == ["in range: fewer than 50 real images of awe (5), anger (5): their candidates may lie near a real image of any emotion"]
+    with warnings.catch_warnings(): warnings.simplefilter("error", UserWarning); filter_candidates(c, draw(900, 2), loose(), criteria=("in range",))
+    assert np.isfinite(t["range"]).all()
+
+@pytest.mark.parametrize("field", ("features", "logits", "similarities"))
+@pytest.mark.parametrize("who", (0, 1))
+def test_nan_set_afterwards_is_refused(field, who):
+    "Evidence can be changed after it was built and checked."
+    pair = [draw(160, 1, "candidates"), draw(900, 2, "real")]; getattr(pair[who], field)[9, 2] = float("nan")
+    for decide in (lambda: quiet(*pair, loose()), lambda: fit_thresholds(*pair)):
+        with pytest.raises(ValueError, match=f"{pair[who].name}: {field} of row 9 are not finite"): decide()
+
+def test_a_threshold_that_is_no_number_lets_nothing_pass():
+    nan = [float("nan")] * E; c, real = draw(160, 1), draw(900, 2)
+    for f, reason in (("confidence", "low confidence"), ("margin", "unclear"), ("copy_distance", "copy")): assert not quiet(c, real, loose(**{f: nan}), criteria=CRITERIA[:3]).kept.any(), reason

@@ -108,7 +108,7 @@ def do_list(args):
 def _of_experiment(name, pairs):
     "What `estimate` is asked for an experiment `name` with parameters `pairs`: preset, and changes of its settings."
     known = runs.read_parameters(runs.find_notebook(name)); values = {n: None if p.computed else p.default for n, p in known.items()} | runs.check_parameters(known, pairs)
-    own = {"backbone": values.get("backbone"), "batch_size": values.get("batch_size"), "diffusion": values.get("diffusion"), "processes": values.get("processes")}
+    own = {"backbone": values.get("backbone"), "batch_size": values.get("batch_size"), "num_images": values.get("generation_batch_size"), "diffusion": values.get("diffusion"), "processes": values.get("processes")}
     return values.get("preset") or "mini", {**{k: v for k, v in own.items() if v is not None}, **(values.get("settings") or {}), **(values.get("understanding_settings") or {}), **(values.get("joint_settings") or {})}
 
 def _plain(text):

@@ -49,19 +49,22 @@ class Evidence:
         self.features, self.labels = _tensor(self.features), _tensor(self.labels, torch.int64); n = len(self.features)
         self.table = pd.DataFrame(index=range(n)) if self.table is None else pd.DataFrame(self.table).reset_index(drop=True)
         if not n: raise ValueError(f"{self.name}: no image")
-        for k in ("features", "logits", "similarities"):
-            v = getattr(self, k)
-            if v is None: continue
-            v = _tensor(v); setattr(self, k, v)
-            if v.ndim != 2 or len(v) != n: raise ValueError(f"{self.name}: {k} must be [{n}, width], one row an image, not {list(v.shape)}")
-            bad = (~torch.isfinite(v).all(1)).nonzero()[:, 0].tolist()
-            if bad: raise ValueError(f"{self.name}: {k} of {self.of(bad[0])} are not finite, NaN or infinite; {len(bad)} of {n} rows are: look at the images or the model's precision, or leave them out")
+        self.check_rows()
         if len(self.labels) != n or len(self.table) != n: raise ValueError(f"{self.name}: {n} rows of features, but {len(self.labels)} labels and {len(self.table)} rows of table")
         zero = (self.features.abs().amax(1) == 0).nonzero()[:, 0].tolist()
         if zero: raise ValueError(f"{self.name}: the features of {self.of(zero[0])} are all zero; {len(zero)} of {n} rows are: they have no direction to compare")
         if self.attributes is not None and self.similarities is not None and len(self.attributes) != self.similarities.shape[1]: raise ValueError(f"{self.name}: {self.similarities.shape[1]} columns of similarities, but {len(self.attributes)} attributes")
 
     def __len__(self): return len(self.features)
+    def check_rows(self):
+        "Refuse arrays of another length, and NaN, which no comparison would drop; asked for again before anything is decided, as arrays can be set anew."
+        for k in ("features", "logits", "similarities"):
+            v, n = getattr(self, k), len(self.features)
+            if v is None: continue
+            v = _tensor(v); setattr(self, k, v)
+            if v.ndim != 2 or len(v) != n: raise ValueError(f"{self.name}: {k} must be [{n}, width], one row an image, not {list(v.shape)}")
+            bad = (~torch.isfinite(v).all(1)).nonzero()[:, 0].tolist()
+            if bad: raise ValueError(f"{self.name}: {k} of {self.of(bad[0])} are not finite, NaN or infinite; {len(bad)} of {n} rows are: look at the images or the model's precision, or leave them out")
     def of(self, i):
         "What image `i` is called in messages."
         key = next((k for k in ("path", "image_id", "id") if k in self.table), None)
@@ -173,7 +176,8 @@ def attribute_margin(similarities): "The best cosine minus the mean over all nam
 
 def own_confidence(logits, labels, temperature=1.): "softmax(logits / T) of each image's own label, [N]."; return np.take_along_axis(with_temperature(logits, temperature), np.asarray(labels)[:, None], 1)[:, 0]
 
-def _check_emotions(evidence, emotions):
+def _check_evidence(evidence, real, emotions):
+    evidence.check_rows(); real.check_rows()
     for k in ("logits", "similarities"):
         if getattr(evidence, k) is None: raise ValueError(f"{evidence.name}: {k} are missing")
     y = evidence.labels
@@ -182,7 +186,7 @@ def _check_emotions(evidence, emotions):
 
 def fit_thresholds(validation, real, emotions=MIKELS, quantile=.25, k=5, copy_quantile=.01, min_images=50):
     "`FilterThresholds` from the `Evidence` of validation images; `real`: that of the training images, none of which may be among them."
-    _check_emotions(validation, emotions); y = validation.labels.numpy()
+    _check_evidence(validation, real, emotions); y = validation.labels.numpy()
     distance, index = (v.numpy() for v in nearest(unit(validation.features), unit(real.features))); same = np.flatnonzero(distance < SAME)
     if len(same): raise ValueError(f"{len(same)} of {len(y)} validation images are in the real set too, first {validation.of(same[0])}, there {real.of(index[same[0]])}: thresholds need images that nobody trained on")
     T = fit_temperature(validation.logits, y)
@@ -236,24 +240,34 @@ def shown_names(evidence):
     kinds = [a if isinstance(a, tuple) else ("", a) for a in evidence.attributes or []]; found = {k: [i for i, a in enumerate(kinds) if a[0] == k] for k in ("scene", "object")}
     return pd.DataFrame({f"shown_{k}": np.array([kinds[j][1] for j in i], object)[evidence.similarities[:, i].argmax(1).numpy()] for k, i in found.items() if i}, index=range(len(evidence.labels)))
 
+def _beside(t, own):
+    "The computed table `t` and the candidates' `own` columns. None of these replaces a computed one, it is called made_... then; but scene and object are those an image was made with, where they are known."
+    computed = {*t, "kept", "reason", "detail", "rank"} - {"scene", "object"}; taken = {*computed, *own}
+    def called(c):
+        new = c
+        while c in computed and new in taken: new = f"made_{new}"
+        return new
+    own = own.rename(columns=called); return pd.concat([t.drop(columns=[c for c in t if c in own]), own], axis=1)
+
 def score_candidates(candidates, real, thresholds):
     """DataFrame [N]: `emotion` (wanted), `predicted`, `confidence`, best `attribute` and its `margin`, `range` (distance over radius, at most 1 inside), `nearest_real`, `real_distance`, `shown_names`
-    (as `scene` and `object`, too, unless those are known), and the candidates' own table. `real`: `Evidence` of the training images, features and labels."""
-    _check_emotions(candidates, thresholds.emotions); names, own = list(thresholds.emotions), candidates.table
+    (as `scene` and `object`, too, unless those are known), and the candidates' own table, whose columns of these names are called made_confidence and so on: they decide nothing. `real`: `Evidence` of the training images, features and labels."""
+    _check_evidence(candidates, real, thresholds.emotions); names, own = list(thresholds.emotions), candidates.table
     if real.features.shape[1] != candidates.features.shape[1]: raise ValueError(f"candidates have features of width {candidates.features.shape[1]}, real images of {real.features.shape[1]}: both must come from the same encoder")
     x, r, y = unit(candidates.features), unit(real.features), candidates.labels
     kinds = [a if isinstance(a, tuple) else ("", a) for a in candidates.attributes or [("", f"attribute {i}") for i in range(candidates.similarities.shape[1])]]
     t = pd.DataFrame(dict(emotion=np.array(names, object)[y.numpy()], predicted=np.array(names, object)[candidates.logits.argmax(1).numpy()], confidence=own_confidence(candidates.logits, y, thresholds.temperature)))
     t["attribute"] = np.array([a for _, a in kinds], object)[candidates.similarities.argmax(1).numpy()]; t["margin"] = attribute_margin(candidates.similarities).numpy()
     shown = shown_names(candidates); t = pd.concat([t, shown, shown.rename(columns=lambda c: c.removeprefix("shown_"))], axis=1)
-    ratio, pooled = torch.zeros(len(x)), None
+    ratio, pooled, few, least = torch.zeros(len(x)), None, [], max(thresholds.min_images, thresholds.k + 1)
     for e in y.unique().tolist():
-        mine = real.labels == e
-        if int(mine.sum()) >= max(thresholds.min_images, thresholds.k + 1): part, edge = r[mine], knn_cosines(r[mine], thresholds.k)
-        else: pooled = pooled if pooled is not None else knn_cosines(r, thresholds.k); part, edge = r, pooled      # too few of its own
+        mine = real.labels == e; n = int(mine.sum())
+        if n >= least: part, edge = r[mine], knn_cosines(r[mine], thresholds.k)
+        else: pooled = pooled if pooled is not None else knn_cosines(r, thresholds.k); part, edge = r, pooled; few.append(f"{names[e]} ({n})")
         ratio[y == e] = in_range(x[y == e], part, edge)
+    if few: warnings.warn(f"in range: fewer than {least} real images of {', '.join(few)}: their candidates may lie near a real image of any emotion", stacklevel=2)
     distance, index = nearest(x, r); t["range"], t["nearest_real"], t["real_distance"] = ratio.numpy(), index.numpy(), distance.numpy()
-    return pd.concat([t.drop(columns=[c for c in t if c in own]), own], axis=1)
+    return _beside(t, own)
 
 # %% ../nbs/15_filtering.ipynb #cell-36
 CRITERIA = ("faithful", "clear", "in range", "diverse")
@@ -264,11 +278,12 @@ def _first_reasons(t, thresholds, criteria, real):
     e = np.array([thresholds.emotions.index(n) for n in t.emotion]); limit = lambda name: np.array(getattr(thresholds, name))[e]; delta = np.maximum(limit("copy_distance"), SAME)
     t["reason"], t["detail"] = "", ""
     there = lambda i: real.of(int(t.nearest_real[i]))
+    # each test is what must hold, negated: NaN, of a score or a threshold, fails
     tests = [("wrong emotion", t.predicted != t.emotion, lambda i: f"predicted {t.predicted[i]}"),
-             ("low confidence", t.confidence < limit("confidence"), lambda i: f"{t.confidence[i]:.3f}, at least {limit_c[i]:.3f}"),
-             ("unclear", t.margin < limit("margin"), lambda i: f"margin {t.margin[i]:.3f}, at least {limit_m[i]:.3f}"),
-             ("out of range", t["range"] > 1, lambda i: f"{t['range'][i]:.2f} radii from the real images"),
-             ("copy", t.real_distance <= delta, lambda i: f"the image of real {there(i)}" if t.real_distance[i] < SAME else f"{t.real_distance[i]:.3f} from real {there(i)}, more than {delta[i]:.3f} needed")]
+             ("low confidence", ~(t.confidence >= limit("confidence")), lambda i: f"{t.confidence[i]:.3f}, at least {limit_c[i]:.3f}"),
+             ("unclear", ~(t.margin >= limit("margin")), lambda i: f"margin {t.margin[i]:.3f}, at least {limit_m[i]:.3f}"),
+             ("out of range", ~(t["range"] <= 1), lambda i: f"{t['range'][i]:.2f} radii from the real images"),
+             ("copy", ~(t.real_distance > delta), lambda i: f"the image of real {there(i)}" if t.real_distance[i] < SAME else f"{t.real_distance[i]:.3f} from real {there(i)}, more than {delta[i]:.3f} needed")]
     limit_c, limit_m = limit("confidence"), limit("margin")
     for name, fails, detail in tests:
         if REASONS[name] not in criteria: continue

@@ -99,6 +99,11 @@ def test_loop_from_real_to_kept(store, trained, tmp_path):
     again = store(understanding, data=DATA, config=FIRST, extra=every, ratio=.25); assert metrics_of(again)["images"] == 48 + 8
     with pytest.raises(ValueError, match="ratio"): store(understanding, data=DATA, config=FIRST, extra=every, ratio=1.)
 
+def test_nothing_kept_says_so(tmp_path):
+    from uniemo.loop import _save_kept
+    _save_kept(tmp_path, pd.DataFrame(), np.zeros((0, 64, 64, 3), np.uint8), label=np.zeros(0, np.int64))
+    with pytest.raises(ValueError, match="nothing was kept"): understanding(tmp_path / "stage", DATA, FIRST, extra=tmp_path)
+
 def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
     "Stopped after two of four steps and resumed from the checkpoint: bit for bit the unbroken run."
     from uniemo.correlation import CorrelationTable, Retriever

@@ -163,9 +163,11 @@ def name_tensors(source, names, template="a photo of a {}"):
     return {k: tower([name_text(n, template) for n in v]) if v else None for k, v in names.items()}
 
 def with_extra(train, extra, ratio, weight):
-    "Training tensors with those of `extra` behind them, and how often each image is drawn."
+    "Training tensors with those of `extra` behind them, and how often each image is drawn. Where `extra` does not tell, its label has all the votes, scene and objects are unknown."
     if not 0 < ratio < 1: raise ValueError(f"ratio is the share of generated images in a batch, above 0 and below 1, not {ratio}")
-    n, m = len(train["label"]), len(extra["label"]); both = {k: torch.cat([train[k], extra[k]]) for k in train if k in extra}
+    n, m = len(train["label"]), len(extra["label"])
+    unsaid = dict(votes=lambda v: torch.nn.functional.one_hot(extra["label"].long(), v.shape[1]).to(v.dtype), scene=lambda v: v.new_full((m,), -1), objects=lambda v: v.new_zeros(m, v.shape[1]))
+    extra = {k: f(train[k]) for k, f in unsaid.items() if k in train} | extra; both = {k: torch.cat([train[k], extra[k]]) for k in train if k in extra}
     both["weight"] = torch.cat([torch.ones(n), torch.full((m,), float(weight))])
     return both, np.concatenate([np.full(n, (1 - ratio) / n), np.full(m, ratio / m)])
 
@@ -303,6 +305,7 @@ def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="sh
 def _kept_tensors(folder, view):
     "Training tensors of a kept set."
     z = dict(np.load(Path(folder) / "kept.npz")); images = torch.from_numpy(z.pop("images")).permute(0, 3, 1, 2)
+    if not len(images): raise ValueError(f"{folder}: nothing was kept, so there is no image to add; keep some (more candidates, fewer criteria in `how`), or leave `extra` out")
     return dict(pixel_values=torch.stack([view(i[None]) for i in images]), **{k: torch.from_numpy(v) for k, v in z.items()})
 
 # %% ../nbs/15b_loop.ipynb #cell-23

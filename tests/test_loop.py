@@ -3,6 +3,7 @@ import json, multiprocessing, os, shutil, time
 
 import numpy as np, pandas as pd, pytest, torch
 
+from uniemo.data import EmoSet, View, check
 from uniemo.joint import JointConfig, flip_together
 from uniemo.loop import Store, candidates, joint, kept, metrics_of, read_candidates, respaced, settings_of, understanding
 from uniemo.mini import write_emoset
@@ -98,6 +99,17 @@ def test_loop_from_real_to_kept(store, trained, tmp_path):
     every = store(kept, data=DATA, encoder=encoder, candidates=made, how=[], max_kept=1); assert metrics_of(every)["kept"] == 8
     again = store(understanding, data=DATA, config=FIRST, extra=every, ratio=.25); assert metrics_of(again)["images"] == 48 + 8
     with pytest.raises(ValueError, match="ratio"): store(understanding, data=DATA, config=FIRST, extra=every, ratio=1.)
+    chosen = store(kept, data=DATA, encoder=encoder, candidates=made, how=["diverse"], max_kept=1)
+    for folder in (every, chosen): is_emoset(folder, table, store)
+
+def is_emoset(folder, table, store):
+    "The kept images stand in EmoSet's format with their origin, and say the same as kept.npz."
+    from uniemo.loop import _kept_tensors, load_world
+    data = EmoSet(folder / "emoset", "train"); notes = [json.loads((data.root / a).read_text()) for a in data.columns["annotation"]]; assert len(data) == 8 and not len(check(folder / "emoset", verbose=False))
+    for n in notes: made = n["generated"]; r = table[(table.seed == made["seed"]) & (table["index"] == made["index"])].iloc[0]; assert n["emotion"] == made["emotion"] == r.emotion and made["attributes"]["scene"] == r.scene and "confidence" in made["scores"]
+    a, b = (_kept_tensors(f, View(64), load_world(DATA)) for f in (folder, folder / "emoset")); order = b["label"].argsort(), a["label"].argsort()
+    assert all(torch.equal(b[k][order[0]].long(), a[k][order[1]].long()) for k in ("label", "scene", "objects")) and (b["pixel_values"][order[0]] - a["pixel_values"][order[1]]).abs().mean() < .1
+    assert metrics_of(store(understanding, data=DATA, config=FIRST, extra=folder / "emoset", ratio=.25))["images"] == 48 + 8
 
 def test_nothing_kept_says_so(tmp_path):
     from uniemo.loop import _save_kept

@@ -8,7 +8,7 @@ __all__ = ['BESIDE', 'HOW', 'code_hash', 'contents', 'Store', 'settings_of', 'me
            'read_candidates', 'name_shares', 'prompted', 'inversion', 'scores', 'kept', 'further_real']
 
 # %% ../nbs/15b_loop.ipynb #cell-03
-import hashlib, inspect, json, os, shutil, time
+import hashlib, inspect, json, os, shutil, tempfile, time, warnings
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -23,9 +23,9 @@ import uniemo
 from .backbones import Backbone, TextTower, name_text
 from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
-from .data import EmotionTable, View, eval_transform, fold, load_data
+from .data import EmoSet, EmotionFolder, EmotionTable, View, eval_transform, fold, load_data
 from .emotions import MIKELS
-from .filtering import CRITERIA, filter_candidates, fit_thresholds, gather_evidence, label_columns, shown_names
+from .filtering import CRITERIA, SCORES, filter_candidates, fit_thresholds, gather_evidence, label_columns, shown_names, write_kept
 from .foundation import load_clip, load_diffusion, mini_folder
 from .fusion import PseudoWordMapper
 from .generation_metrics import evaluate_generation, mini_networks
@@ -178,7 +178,7 @@ def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, e
     text_dim = next((t.shape[1] for t in text.values() if t is not None), None)
     model = ExpertQueryModel(b, config.num_queries, num_classes=len(world.emotions), class_names=list(world.emotions.names), head_width=config.head_width, head_inputs=config.head_inputs, text_dim=text_dim)
     stage, train, weights = UnderstandingStage(model, config, text["scene"], text["object"]), {k: v for k, v in world["train"].items() if k != "images"}, None
-    if extra is not None: train, weights = with_extra(train, _kept_tensors(extra, view), ratio, extra_weight)
+    if extra is not None: train, weights = with_extra(train, _kept_tensors(extra, view, world), ratio, extra_weight)
     sets = {k: {n: v for n, v in world[k].items() if n != "images"} for k in ("val", "test")}
     trainer = Trainer(stage, config, MemoryData(train, random_crops(config.crop_scale)), sets["val"], folder=Path(folder) / "checkpoints", weights=weights, run=run, progress=progress).fit()
     best = trainer.load_best(); found = {k: trainer.predict(v) for k, v in sets.items()}
@@ -283,30 +283,68 @@ def _save_kept(folder, table, images, **labels):
     "`kept.npz`: images and what is to be learnt of them (`label`, index of the `scene`, `objects` as multi-hot rows); `kept.csv`: their table."
     np.savez_compressed(Path(folder) / "kept.npz", images=images, **labels); table.to_csv(Path(folder) / "kept.csv", index=False)
 
+def _as_emoset(folder, found, images, world, thresholds, names):
+    "The kept images in EmoSet's format, each with its origin, in `folder/emoset`; no folder where nothing is kept."
+    root = Path(folder) / "emoset"; shutil.rmtree(root, ignore_errors=True)                  # of a stage that was killed
+    twice = pd.Series([i.tobytes() for i in images], index=found.index).where(found.kept).duplicated()      # the format has each image once
+    table = found.assign(kept=found.kept & ~twice, **{c: np.nan for c in SCORES if c not in found})
+    if not table.kept.any(): return
+    tables = dict(emotion=world.emotions.names, **{k: world.names[k] or () for k in ("scene", "object")})
+    with tempfile.TemporaryDirectory() as like:                                              # a label file is all that is asked of the real set
+        (Path(like) / "info.json").write_text(json.dumps({k: dict(label2idx={n: i for i, n in enumerate(v)}, idx2label={str(i): n for i, n in enumerate(v)}) for k, v in tables.items()})); (Path(like) / "train.json").write_text("[]")
+        write_kept(table, root, EmoSet(like, "train", on_error="list"), list(images), thresholds=thresholds, names=names)
+
+def _unnamed(evidence):
+    "Data without names have no clear and no unclear images: cosines of zero stand in, and no criterion looks at them."
+    evidence.similarities, evidence.attributes = torch.zeros(len(evidence), 1), [("", "")]; return evidence
+
 def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="shown", backbone="mini", workers=1, **settings):
-    """What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels).
+    """What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels),
+    and the same images in EmoSet's format in `emoset`, with seed, emotion, attributes and scores of each. Where the data name no scenes and objects, the criterion "clear" is left out.
     `names`: attribute labels of the kept images, those the foundation model reads in the picture ("shown") or those it was made with ("retrieved")."""
     columns = label_columns(names); images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
     view = _view(model); world = load_world(data, view, workers); labels = np.array([world.emotions.index(e) for e in table.emotion])
     clip, tokenizer = load_clip(None if backbone == "mini" else backbone); common = dict(clip=clip, tokenizer=tokenizer, classifier=model, view=view, scene_names=world.names["scene"] or (), object_names=world.names["object"] or ())
-    seen = gather_evidence(list(images), labels, table=table, name="candidates", **common)
+    named = bool(world.names["scene"] or world.names["object"]); skipped = [c for c in how if c == "clear" and not named]; how = [c for c in how if c not in skipped]; thresholds = None
+    evidence = lambda *args, **kwargs: (lambda e: e if named else _unnamed(e))(gather_evidence(*args, **kwargs, **common))
+    seen = evidence(list(images), labels, table=table, name="candidates")
     if how:
-        see = lambda split: gather_evidence(list(world[split]["images"].permute(0, 2, 3, 1).numpy()), world.tensor(split, "label"), name=split, **common)
+        see = lambda split: evidence(list(world[split]["images"].permute(0, 2, 3, 1).numpy()), world.tensor(split, "label"), name=split)
         real = see("train"); thresholds = fit_thresholds(see("val"), real, world.emotions); thresholds.save(Path(folder) / "thresholds.json")
-        found = filter_candidates(seen, real, thresholds, max_kept, criteria=tuple(how), **settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"no candidate kept for .* \(0 candidates")      # an emotion that nobody asked for
+            found = filter_candidates(seen, real, thresholds, max_kept, criteria=tuple(how), **settings)
     else: found = pd.concat([table.assign(kept=table.groupby("emotion").cumcount() < max_kept, reason=""), shown_names(seen)], axis=1)
+    if not named: found = found.drop(columns=["attribute", "margin", "shown_"], errors="ignore")
     found.to_csv(Path(folder) / "table.csv", index=False); keep = found.kept.to_numpy(); mine = found[keep]
     learnt = dict(label=labels[keep])
     if world.names["scene"]: learnt["scene"] = np.array([world.names["scene"].index(n) for n in mine[columns["scene"]]], dtype=np.int64)
     if world.names["object"]: learnt["objects"] = mine[columns["object"]].to_numpy()[:, None] == np.array(world.names["object"], object)
-    _save_kept(folder, mine, images[keep], **learnt)
-    _write(folder, candidates=len(found), kept=int(keep.sum()), kept_per_emotion=mine.emotion.value_counts().to_dict(), reasons=found.reason.fillna("").value_counts().to_dict())
+    _save_kept(folder, mine, images[keep], **learnt); _as_emoset(folder, found, images, world, thresholds, names)
+    _write(folder, candidates=len(found), kept=int(keep.sum()), kept_per_emotion=mine.emotion.value_counts().to_dict(), reasons=found.reason.fillna("").value_counts().to_dict(), **(dict(skipped=skipped) if skipped else {}))
 
-def _kept_tensors(folder, view):
-    "Training tensors of a kept set."
+
+
+# %% ../nbs/15b_loop.ipynb #kept-tensors
+def _kept_tensors(folder, view, world=None):
+    "Training tensors of a kept set: the folder of `kept` or `further_real`, or a data set in EmoSet's format."
+    if not (Path(folder) / "kept.npz").exists(): return _renumbered(folder, view, world)
     z = dict(np.load(Path(folder) / "kept.npz")); images = torch.from_numpy(z.pop("images")).permute(0, 3, 1, 2)
     if not len(images): raise ValueError(f"{folder}: nothing was kept, so there is no image to add; keep some (more candidates, fewer criteria in `how`), or leave `extra` out")
     return dict(pixel_values=torch.stack([view(i[None]) for i in images]), **{k: torch.from_numpy(v) for k, v in z.items()})
+
+def _renumbered(folder, view, world):
+    "Training tensors of the data set `folder`, labels and names numbered as in `world`."
+    d = load_data(folder, "train"); d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); t = in_memory(d); objects = t["objects"].any(0).nonzero().flatten()
+    def number(kind, own, known, used):
+        place = {fold(n): i for i, n in enumerate(known)}; new = [place.get(fold(n), -1) for n in own]; lost = [own[i] for i in used.unique().tolist() if i >= 0 and new[i] < 0]
+        if lost: raise ValueError(f"{folder}: {kind} {lost[0]!r} is no {kind} of the training data ({', '.join(known) or 'which name none'}): correct it, or leave those images out")
+        return torch.tensor(new + [-1])[used]                               # the last one: unknown, -1
+    out = dict(pixel_values=t["pixel_values"], label=number("emotion", d.emotions.names, world.emotions.names, t["label"]))
+    if world.names["scene"]: out["scene"] = number("scene", d.scene_names, world.names["scene"], t["scene"])
+    if world.names["object"]: out["objects"] = torch.zeros(len(d), len(world.names["object"])); out["objects"][:, number("object", d.object_names, world.names["object"], objects)] = t["objects"][:, objects]
+    return out
+
 
 # %% ../nbs/15b_loop.ipynb #cell-23
 def further_real(folder, num_images, seed=0):

@@ -166,6 +166,47 @@ def test_quickstart(tmp_path, run_again):
     run = start(run_again("quickstart"), dict(TINY, num_train=48, num_test=32, num_per_emotion=2, max_kept=2), tmp_path, progress=False)
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
 
+def photographs(folder, per_emotion=10, emotions=("awe", "fear")):
+    "A table of crops of scikit-image's photographs, two of Mikels' emotions, without splits; one image shows more than the text encoder can read."
+    from PIL import Image
+    skimage, rng, rows = pytest.importorskip("skimage.data"), np.random.default_rng(0), []; whole = [getattr(skimage, n)() for n in ("astronaut", "coffee", "chelsea", "rocket")]; (folder / "photos").mkdir()
+    for k, e in enumerate(emotions):
+        for i in range(per_emotion):
+            a = whole[(2 * k + i) % 4]; s = int(min(a.shape[:2]) * rng.uniform(.6, .9)); y, x = (int(rng.integers(n - s)) for n in a.shape[:2]); name = f"photos/{e}{i}.png"; Image.fromarray(a[y:y + s, x:x + s]).resize((80, 80)).save(folder / name)
+            rows.append(dict(path=name, emotion=e, scene=("sky", "room", None)[i % 3], objects="cat; person; saucer; rocket; spoon" if i == 0 else ("cat", "cup; spoon", "")[i % 3]))
+    pd.DataFrame(rows).to_csv(folder / "photos.csv", index=False); return folder / "photos.csv"
+
+def test_quickstart_on_photographs(tmp_path, run_again):
+    table = photographs(tmp_path); run = start(run_again("quickstart"), dict(TINY, data=str(table), num_per_emotion=2, max_kept=2), tmp_path, progress=False); said = run.summary()
+    assert {"stage1_accuracy", "stage2_accuracy", "own_accuracy", "kept"} <= set(said) and not {"emo_a", "bayes"} & set(said) and said["candidates"] == 4 and len(said["left_out"]) == 6
+    assert {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
+
+def test_quickstart_says_what_photographs_lack(tmp_path):
+    table = photographs(tmp_path, 4); bare = tmp_path / "bare"
+    for p in (tmp_path / "photos").iterdir(): (bare / p.stem[:-1]).mkdir(parents=True, exist_ok=True); shutil.copy(p, bare / p.stem[:-1])
+    with pytest.raises(RunFailed, match="names no scenes and no objects.*uniemo run understanding"): start("quickstart", dict(TINY, data=str(bare)), tmp_path / "runs", progress=False)
+    assert not list((tmp_path / "runs").glob("*/stages"))
+
+def test_splits_are_made_where_there_are_none(tmp_path):
+    from uniemo.loop import three_splits
+    table = photographs(tmp_path, 10); a, b = three_splits(table), three_splits(table); sizes = {k: len(d) for k, d in a.items()}
+    assert sizes == dict(train=14, val=2, test=4) and all(list(a[k].columns["path"]) == list(b[k].columns["path"]) for k in a) and len({p for d in a.values() for p in d.columns["path"]}) == 20
+    pd.read_csv(table).assign(split=["val", "train"] * 10).to_csv(table, index=False); own = three_splits(table); assert len(own["val"]) == 10 and len(own["train"]) + len(own["test"]) == 10
+    pd.read_csv(table).groupby("emotion").head(1).drop(columns="split").to_csv(table, index=False)
+    with pytest.raises(ValueError, match="too few"): three_splits(table)
+
+def test_the_filter_does_without_names(store, trained, tmp_path):
+    table = photographs(tmp_path); pd.read_csv(table).drop(columns=["scene", "objects"]).to_csv(table, index=False); made = tmp_path / "made"; made.mkdir()
+    names = pd.DataFrame(dict(emotion=["awe", "fear"] * 2, seed=range(4))); names.to_csv(made / "table.csv", index=False); np.savez(made / "images.npz", images=np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8))
+    found = store(kept, data=str(table), encoder=trained[0], candidates=made); assert metrics_of(found)["skipped"] == ["clear"] and metrics_of(found)["candidates"] == 4
+
+def test_a_caption_that_is_too_long_drops_objects():
+    from uniemo.foundation import load_diffusion
+    from uniemo.joint import _caption
+    pipe = load_diffusion(); say = lambda *a: _caption(pipe.text_encoder, pipe.tokenizer, *a)
+    assert say("forest", ["dog"]) == "a photo of a dog in a forest" and say("sky", ["cat", "person", "saucer", "spoon"]).endswith(" in a sky") and len(say(None, ["cat", "person", "saucer", "spoon"])) > 12
+    with pytest.raises(ValueError, match="warm_start=0"): say(None, ["antidisestablishmentarianism"])
+
 def test_evaluate(tmp_path):
     params = dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"], num_train=32, num_test=40, num_per_emotion=2); run = start("evaluate", params, tmp_path, progress=False)
     table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)

@@ -1,8 +1,9 @@
 "The store of stages, joint training that is interrupted, and tiny runs of the experiments that are built on them."
-import json, shutil
+import json, multiprocessing, os, shutil, time
 
 import numpy as np, pandas as pd, pytest, torch
 
+from uniemo.data import EmoSet, View, check
 from uniemo.joint import JointConfig, flip_together
 from uniemo.loop import Store, candidates, joint, kept, metrics_of, read_candidates, respaced, settings_of, understanding
 from uniemo.mini import write_emoset
@@ -39,6 +40,58 @@ def test_a_stage_that_fails_is_not_done(tmp_path):
     with pytest.raises(RuntimeError): s(broken)
     assert not (s.path(broken) / "done.json").exists()
 
+def broken_once(folder):
+    "Trains, and is killed the first time just before its end."
+    (folder / "checkpoints").mkdir(exist_ok=True); best = folder / "checkpoints" / "best"
+    if not best.exists(): best.write_text("trained")
+    if not (folder / "killed").exists(): (folder / "killed").touch(); raise KeyboardInterrupt
+    (folder / "result").write_text(best.read_text())
+
+def test_checkpoints_go_when_the_stage_is_done(tmp_path, monkeypatch):
+    s = Store(tmp_path, code="one", log=print); folder = s.path(broken_once)
+    with pytest.raises(KeyboardInterrupt): s(broken_once)
+    assert (folder / "checkpoints" / "best").exists()
+    with monkeypatch.context() as m:
+        def killed(path, **kwargs): (folder / "checkpoints" / "best").unlink(); raise KeyboardInterrupt
+        m.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt): s(broken_once)                                          # the worst moment: half of the checkpoints gone
+    assert s(broken_once) == folder and (folder / "result").exists() and not (folder / "checkpoints").exists()
+
+def test_a_trained_stage_survives_a_kill_while_it_tidies_up(tmp_path, monkeypatch):
+    s = Store(tmp_path, code="one"); removed = shutil.rmtree
+    def half(path, **kwargs): (path / "best.safetensors").unlink(); raise KeyboardInterrupt
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(KeyboardInterrupt): s(understanding, data=DATA, config=FIRST)
+    monkeypatch.setattr(shutil, "rmtree", removed); folder = s(understanding, data=DATA, config=FIRST); assert metrics_of(folder)["steps"] == 4 and not (folder / "checkpoints").exists()
+
+def slow(folder):
+    (folder / "checkpoints").mkdir(); time.sleep(1.); count(folder)
+
+def _make_slow(folder): Store(folder, code="one", log=print)(slow)
+
+def test_a_second_process_waits_and_takes_the_stage(tmp_path):
+    fork = multiprocessing.get_context("fork"); both = [fork.Process(target=_make_slow, args=(tmp_path,)) for _ in range(2)]
+    for p in both: p.start()
+    for p in both: p.join(60)
+    folder = Store(tmp_path, code="one").path(slow); assert [p.exitcode for p in both] == [0, 0] and (folder / "ran").read_text() == "1" and not (folder / "checkpoints").exists()
+
+def test_a_key_knows_what_is_in_its_inputs(tmp_path, monkeypatch):
+    s = Store(tmp_path / "runs" / "stages", code="one", log=lambda m: None); data = tmp_path / "photos"; (data / "awe").mkdir(parents=True); monkeypatch.chdir(tmp_path)
+    for i in range(3): (data / "awe" / f"{i}.png").write_bytes(b"x" * i)
+    whole = s.path(count, data=str(data)); assert whole == s.path(count, data="photos") == s.path(count, data=data)      # as text or path, relative or not
+    (data / "awe" / "2.png").unlink(); fewer = s.path(count, data=str(data)); (data / "awe" / "1.png").write_bytes(b"yy"); assert len({whole, fewer, s.path(count, data=str(data))}) == 3
+    (data / "t.csv").write_text("path,label\nawe/0.png,awe\n"); table = s.path(count, data="photos/t.csv"); os.utime(data / "awe" / "0.png", (1, 1)); assert s.path(count, data="photos/t.csv") != table     # images that a table names
+    a = s(count, x=1); assert s.path(count, x=a) == s.path(count, x=str(a)) == Store("runs/stages", code="one").path(count, x=a).absolute()     # a stage counts by its name
+    (a / "emoset").mkdir(); b = s.path(count, x=a / "emoset"); (a / "emoset" / "new").touch(); assert b == s.path(count, x=a / "emoset")
+    here = s.path(count, data="."); s(count, x=2); assert here == s.path(count, data=".")               # the store itself is no input
+    assert s.path(count, x=1, progress=True, run=object(), workers=2, num_threads=1) == s.path(count, x=1)
+
+class Logbook(list): "A run: a thing that JSON cannot hold."
+
+def test_a_run_goes_through_a_store(tmp_path):
+    def stage(folder, run=None): run.append(folder)
+    run = Logbook(); assert run == [] and Store(tmp_path, code="one")(stage, run=run) == run[0]
+
 def test_loop_from_real_to_kept(store, trained, tmp_path):
     encoder, two = trained; assert {"accuracy", "val_loss_diff", "val_word_accuracy", "scene_accuracy"} <= set(metrics_of(two))
     made = store(candidates, pipeline=two, num_per_emotion=2, num_inference_steps=2); images, table = read_candidates(made)
@@ -46,6 +99,22 @@ def test_loop_from_real_to_kept(store, trained, tmp_path):
     every = store(kept, data=DATA, encoder=encoder, candidates=made, how=[], max_kept=1); assert metrics_of(every)["kept"] == 8
     again = store(understanding, data=DATA, config=FIRST, extra=every, ratio=.25); assert metrics_of(again)["images"] == 48 + 8
     with pytest.raises(ValueError, match="ratio"): store(understanding, data=DATA, config=FIRST, extra=every, ratio=1.)
+    chosen = store(kept, data=DATA, encoder=encoder, candidates=made, how=["diverse"], max_kept=1)
+    for folder in (every, chosen): is_emoset(folder, table, store)
+
+def is_emoset(folder, table, store):
+    "The kept images stand in EmoSet's format with their origin, and say the same as kept.npz."
+    from uniemo.loop import _kept_tensors, load_world
+    data = EmoSet(folder / "emoset", "train"); notes = [json.loads((data.root / a).read_text()) for a in data.columns["annotation"]]; assert len(data) == 8 and not len(check(folder / "emoset", verbose=False))
+    for n in notes: made = n["generated"]; r = table[(table.seed == made["seed"]) & (table["index"] == made["index"])].iloc[0]; assert n["emotion"] == made["emotion"] == r.emotion and made["attributes"]["scene"] == r.scene and "confidence" in made["scores"]
+    a, b = (_kept_tensors(f, View(64), load_world(DATA)) for f in (folder, folder / "emoset")); order = b["label"].argsort(), a["label"].argsort()
+    assert all(torch.equal(b[k][order[0]].long(), a[k][order[1]].long()) for k in ("label", "scene", "objects")) and (b["pixel_values"][order[0]] - a["pixel_values"][order[1]]).abs().mean() < .1
+    assert metrics_of(store(understanding, data=DATA, config=FIRST, extra=folder / "emoset", ratio=.25))["images"] == 48 + 8
+
+def test_nothing_kept_says_so(tmp_path):
+    from uniemo.loop import _save_kept
+    _save_kept(tmp_path, pd.DataFrame(), np.zeros((0, 64, 64, 3), np.uint8), label=np.zeros(0, np.int64))
+    with pytest.raises(ValueError, match="nothing was kept"): understanding(tmp_path / "stage", DATA, FIRST, extra=tmp_path)
 
 def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
     "Stopped after two of four steps and resumed from the checkpoint: bit for bit the unbroken run."
@@ -96,6 +165,47 @@ def test_joint_says_what_it_needs_before_it_begins(tmp_path):
 def test_quickstart(tmp_path, run_again):
     run = start(run_again("quickstart"), dict(TINY, num_train=48, num_test=32, num_per_emotion=2, max_kept=2), tmp_path, progress=False)
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary()) and {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
+
+def photographs(folder, per_emotion=10, emotions=("awe", "fear")):
+    "A table of crops of scikit-image's photographs, two of Mikels' emotions, without splits; one image shows more than the text encoder can read."
+    from PIL import Image
+    skimage, rng, rows = pytest.importorskip("skimage.data"), np.random.default_rng(0), []; whole = [getattr(skimage, n)() for n in ("astronaut", "coffee", "chelsea", "rocket")]; (folder / "photos").mkdir()
+    for k, e in enumerate(emotions):
+        for i in range(per_emotion):
+            a = whole[(2 * k + i) % 4]; s = int(min(a.shape[:2]) * rng.uniform(.6, .9)); y, x = (int(rng.integers(n - s)) for n in a.shape[:2]); name = f"photos/{e}{i}.png"; Image.fromarray(a[y:y + s, x:x + s]).resize((80, 80)).save(folder / name)
+            rows.append(dict(path=name, emotion=e, scene=("sky", "room", None)[i % 3], objects="cat; person; saucer; rocket; spoon" if i == 0 else ("cat", "cup; spoon", "")[i % 3]))
+    pd.DataFrame(rows).to_csv(folder / "photos.csv", index=False); return folder / "photos.csv"
+
+def test_quickstart_on_photographs(tmp_path, run_again):
+    table = photographs(tmp_path); run = start(run_again("quickstart"), dict(TINY, data=str(table), num_per_emotion=2, max_kept=2), tmp_path, progress=False); said = run.summary()
+    assert {"stage1_accuracy", "stage2_accuracy", "own_accuracy", "kept"} <= set(said) and not {"emo_a", "bayes"} & set(said) and said["candidates"] == 4 and len(said["left_out"]) == 6
+    assert {"world.png", "generated.png", "filter.png", "story.png"} <= {p.name for p in (run.dir / "figures").iterdir()}
+
+def test_quickstart_says_what_photographs_lack(tmp_path):
+    table = photographs(tmp_path, 4); bare = tmp_path / "bare"
+    for p in (tmp_path / "photos").iterdir(): (bare / p.stem[:-1]).mkdir(parents=True, exist_ok=True); shutil.copy(p, bare / p.stem[:-1])
+    with pytest.raises(RunFailed, match="names no scenes and no objects.*uniemo run understanding"): start("quickstart", dict(TINY, data=str(bare)), tmp_path / "runs", progress=False)
+    assert not list((tmp_path / "runs").glob("*/stages"))
+
+def test_splits_are_made_where_there_are_none(tmp_path):
+    from uniemo.loop import three_splits
+    table = photographs(tmp_path, 10); a, b = three_splits(table), three_splits(table); sizes = {k: len(d) for k, d in a.items()}
+    assert sizes == dict(train=14, val=2, test=4) and all(list(a[k].columns["path"]) == list(b[k].columns["path"]) for k in a) and len({p for d in a.values() for p in d.columns["path"]}) == 20
+    pd.read_csv(table).assign(split=["val", "train"] * 10).to_csv(table, index=False); own = three_splits(table); assert len(own["val"]) == 10 and len(own["train"]) + len(own["test"]) == 10
+    pd.read_csv(table).groupby("emotion").head(1).drop(columns="split").to_csv(table, index=False)
+    with pytest.raises(ValueError, match="too few"): three_splits(table)
+
+def test_the_filter_does_without_names(store, trained, tmp_path):
+    table = photographs(tmp_path); pd.read_csv(table).drop(columns=["scene", "objects"]).to_csv(table, index=False); made = tmp_path / "made"; made.mkdir()
+    names = pd.DataFrame(dict(emotion=["awe", "fear"] * 2, seed=range(4))); names.to_csv(made / "table.csv", index=False); np.savez(made / "images.npz", images=np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8))
+    found = store(kept, data=str(table), encoder=trained[0], candidates=made); assert metrics_of(found)["skipped"] == ["clear"] and metrics_of(found)["candidates"] == 4
+
+def test_a_caption_that_is_too_long_drops_objects():
+    from uniemo.foundation import load_diffusion
+    from uniemo.joint import _caption
+    pipe = load_diffusion(); say = lambda *a: _caption(pipe.text_encoder, pipe.tokenizer, *a)
+    assert say("forest", ["dog"]) == "a photo of a dog in a forest" and say("sky", ["cat", "person", "saucer", "spoon"]).endswith(" in a sky") and len(say(None, ["cat", "person", "saucer", "spoon"])) > 12
+    with pytest.raises(ValueError, match="warm_start=0"): say(None, ["antidisestablishmentarianism"])
 
 def test_evaluate(tmp_path):
     params = dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"], num_train=32, num_test=40, num_per_emotion=2); run = start("evaluate", params, tmp_path, progress=False)

@@ -177,6 +177,8 @@ def _annotated(stage, batches, names):
     return [torch.cat(x) for x in zip(*rows)]
 
 # %% ../nbs/12d_joint.ipynb #6605b0c1
+from .conditioning import max_tokens
+
 def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0):
     """Fit `stage.mapper` to the names of the images: `steps` steps towards their token embeddings, half as many towards the text states of their captions. `batches`: an iterable of dicts with
     pixel_values, label, and scene [B] (-1: unknown) or objects [B, O], without augmentation; `names`: dict(scene=[...] or None, object=[...] or None). Returns both mean squared distances at the end."""
@@ -191,13 +193,21 @@ def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0)
             if network is None: continue
             first, last = network[0], network[2]; first.weight /= x.std(0, correction=0) + 1e-6; first.bias -= first.weight @ x.mean(0)
             for p in (last.weight, last.bias): p *= target.std() / 3                        # three summands of unit variance become one of the target's
-    said = [caption(names["scene"][s] if s >= 0 else None, [names["object"][k] for k in o.nonzero().flatten().tolist()]) for s, o in zip(scene.tolist(), objects)]
+    said = [_caption(encoder, stage.tokenizer, names["scene"][s] if s >= 0 else None, [names["object"][k] for k in o.nonzero().flatten().tolist()]) for s, o in zip(scene.tolist(), objects)]
     words = lambda i: mapper(*(x[i] for x in features)); generator = torch.Generator().manual_seed(seed)
     def to_states(i):
         with torch.no_grad(): wanted = encode_prompts(encoder, stage.tokenizer, [said[k] for k in i.tolist()])
         return (encode_prompts(encoder, stage.tokenizer, stage.config.prompt, words(i)) - wanted).square().sum(-1).mean()
     parts = (lambda i: (words(i) - target[i]).square().sum(1).mean(), steps, lr), (to_states, steps // 2, lr / 2)
     return tuple(_descend(mapper, loss, count, rate, n, batch_size, generator) for loss, count, rate in parts)
+
+def _caption(encoder, tokenizer, scene, objects):
+    "What an image shows, in words that the text encoder can read whole: of too many objects the last ones go unsaid."
+    length = max_tokens(encoder, tokenizer)
+    for k in range(len(objects), -1 if scene else 0, -1):
+        text = caption(scene, objects[:k]); count = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) + 2
+        if count <= length: return text
+    raise ValueError(f"the names of an image are too long for the warm start: {text!r} has {count} tokens, the text encoder reads {length}; shorten the names in the data, or set warm_start=0")
 
 def _descend(mapper, loss, steps, lr, n, batch_size, generator):
     "Adam with a falling rate on random rows of `n`; the last loss."

@@ -92,16 +92,16 @@ def _scalar(dtype, raw): return _array((), dtype, raw)[()]
 
 def _frombuffer(raw, dtype, shape, order, axes=None): return _array(shape, dtype, raw, order, axes)
 
-ADMITTED = {("numpy", "ndarray"): _ndarray, ("numpy", "dtype"): _dtype, ("numpy.core.multiarray", "_reconstruct"): _reconstruct, ("numpy.core.multiarray", "scalar"): _scalar,
-            ("numpy.core.numeric", "_frombuffer"): _frombuffer, ("_codecs", "encode"): _to_bytes, ("builtins", "bytes"): _to_bytes, ("builtins", "bytearray"): _bytearray,
-            **{("builtins", t.__name__): t for t in (list, tuple, dict, set, frozenset, complex)}}
-
-# %% ../nbs/16_interop.ipynb #cell-10b
 def _then(load, look):
     "An opcode, and what looks at what it left on the stack."
     def both(self): load(self); look(self)
     return both
 
+ADMITTED = {("numpy", "ndarray"): _ndarray, ("numpy", "dtype"): _dtype, ("numpy.core.multiarray", "_reconstruct"): _reconstruct, ("numpy.core.multiarray", "scalar"): _scalar,
+            ("numpy.core.numeric", "_frombuffer"): _frombuffer, ("_codecs", "encode"): _to_bytes, ("builtins", "bytes"): _to_bytes, ("builtins", "bytearray"): _bytearray,
+            **{("builtins", t.__name__): t for t in (list, tuple, dict, set, frozenset, complex)}}
+
+# %% ../nbs/16_interop.ipynb #cell-10b
 class _Unpickler(pickle._Unpickler):                                           # the one in Python: in C, opcodes cannot be refused, and a few bytes reserve gigabytes
     def load(self):
         self.open, self.depth = [], {}; content = super().load()

@@ -337,6 +337,37 @@ def test_files_that_are_no_images_are_told(folder):
     assert d.ignored == ["train/joy/notes.txt"] and list(check(folder, verbose=False)["path"]) == ["train/joy/notes.txt"]
 
 
+@pytest.mark.parametrize("stray", ["train/montage.png", "cover.png", "docs/figure.png"])
+def test_a_stray_image_does_not_change_the_layout(folder, photos, stray):
+    (folder / stray).parent.mkdir(exist_ok=True)
+    photos["rocket"].resize((50, 40)).save(folder / stray)
+    assert EmotionFolder.splits(folder) == ["test", "train"]
+    with pytest.warns(UserWarning, match=f"1 files lie in no emotion's folder.*first {stray}"):
+        d = EmotionFolder(folder, "train")
+    assert d.emotions.names == ("calm", "joy", "rage") and len(d) == 12 and d.ignored == [stray]
+    assert check(folder, verbose=False)[["path", "problem"]].values.tolist() == [[stray, "not read: in no emotion's folder"]]
+
+
+def test_where_the_images_lie_is_the_layout(folder, photos):
+    small, flat = photos["rocket"].resize((20, 20)), folder / "train"
+    for k in range(20):                                                                  # more images beside the folders than in them: the name still says that it is a split
+        photos["rocket"].resize((20 + k, 20)).save(folder / f"train/new{k}.png")
+    with pytest.warns(UserWarning, match="20 files lie in no"):
+        assert len(EmotionFolder(folder, "train")) == 12
+    (flat / "joy/spare").mkdir()
+    small.save(flat / "joy/spare/a.png")
+    with pytest.warns(UserWarning) as said:                                              # emotions, one of which holds a folder; images in the root
+        d = EmotionFolder(flat)
+    assert d.split is None and len(d) == 12 and d.ignored == ["joy/spare", *sorted(f"new{k}.png" for k in range(20))] and ["1 files are no" in str(said[0].message), "20 files lie in" in str(said[1].message)] == [True] * 2
+    assert check(flat, verbose=False)["problem"].value_counts().to_dict() == {"not read: no image file": 1, "not read: in no emotion's folder": 20}
+    for p in flat.glob("joy/*"):
+        p.unlink() if p.is_file() else [p.joinpath("a.png").unlink(), p.rmdir()]
+    for n in "calm", "rage":
+        for p in flat.glob(f"{n}/*"):
+            p.unlink()
+    assert sorted(p.split(":")[0] for p in check(folder, verbose=False)["problem"]) == ["empty split", *["not read"] * 20]      # an empty split still tells what it does not read
+
+
 def test_folders_with_mikels_names(tmp_path, photos):
     for e in sorted(MIKELS):
         (tmp_path / e).mkdir()
@@ -405,6 +436,69 @@ def test_tables_with_bad_paths(folder):
     (folder / "x.parquet").write_text("nope")
     with pytest.raises(DataError, match="cannot be read as a table"):
         EmotionTable(folder / "x.parquet")
+
+
+def test_a_row_without_a_split_is_told(folder):
+    names = [f"train/{e}/{f}" for e in ("calm", "joy") for f in ("0.jpg", "1.PNG", "2.webp")]
+    for split, lost in ((["train", "train", None, "test", "  ", " test "], ["row 4", "row 6"]), ([0, 0, None, 1, 1, 0], ["row 4"])):
+        pd.DataFrame(dict(path=names, label="calm", split=split)).to_csv(folder / "t.csv", index=False)
+        first = EmotionTable.splits(folder / "t.csv")[0]
+        assert EmotionTable.splits(folder / "t.csv") == (["test", "train"] if len(lost) == 2 else [0, 1]) and type(first) in (str, int)
+        table = check(folder / "t.csv", verbose=False)
+        assert [p.rsplit(", ")[1] for p in table["path"]] == lost and set(table["problem"]) == {"no split"} and table["remedy"].all()
+        with pytest.raises(DataError, match="t.csv, row 4: no split. Write its split"):
+            EmotionTable(folder / "t.csv", first)
+        with pytest.warns(UserWarning, match=f"{len(lost)} entries are skipped"):
+            d = EmotionTable(folder / "t.csv", first, on_error="skip", progress=False)
+        assert len(d) == (2 if len(lost) == 2 else 3) and list(d.skipped["problem"]) == ["no split"] * len(lost)
+        assert len(EmotionTable(folder / "t.csv")) == 6                                  # all rows, whatever their split
+    pd.DataFrame(dict(path=names, label="calm", split=None)).to_csv(folder / "t.csv", index=False)
+    assert list(check(folder / "t.csv", verbose=False)["problem"]) == ["no data found"]
+
+
+CELLS = dict(objects=(dict(objects=["Dog", '["a"', "Dog; Cat"]), "no list of names: objects is '[\"a\"'"), nested=(dict(objects=["Dog", '[["a"]]', None]), "no list of names: objects is '[[\"a\"]]'"), deep=(dict(objects=["Dog", "[" * 10**5, None]), "no list of names"),
+             valence=(dict(valence=[".5", "a", None]), "no finite number: valence is 'a'"), infinite=(dict(valence=[.5, float("inf"), 9]), "no finite number: valence is inf"), comma=(dict(arousal=[" ", "0,5", "1"]), "no finite number: arousal is '0,5'"),
+             large=(dict(arousal=[1, 1e300, 1]), "no finite number: arousal is"), label=(dict(label=["calm", None, "joy"]), "unknown label: the cell is empty"), blank=(dict(label=["calm", "  ", "joy"]), "unknown label: the cell is empty"),
+             numbers=(dict(label=[0, None, 2]), "unknown label: the cell is empty"), half=(dict(label=[0, 1.5, 1]), "unknown label: emotion 1.5"))
+
+
+@pytest.mark.parametrize("case", CELLS)
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_bad_cell_is_one_bad_row(folder, case, ending):
+    change, problem = CELLS[case]
+    rows, file = pd.DataFrame(dict(path=[f"train/calm/{f}" for f in ("0.jpg", "1.PNG", "2.webp")], label=["calm", "joy", "calm"]) | change, index=["x", "y", "z"]), folder / f"t.{ending}"
+    rows.to_csv(file, index=False) if ending == "csv" else rows.to_parquet(file)         # Parquet keeps an index that is no number
+    kwargs = dict(emotions=EmotionSet(("calm", "joy", "rage"))) if "label" in change else {}
+    with pytest.raises(DataError) as e:
+        EmotionTable(file, **kwargs)
+    assert f"{file.name}, row 3: {problem}" in str(e.value) and e.value.remedy and "np.float64" not in str(e.value)
+    with pytest.warns(UserWarning, match="1 entries are skipped"):
+        d = EmotionTable(file, on_error="skip", progress=False, **kwargs)
+    assert len(d) == 2 and len(d.skipped) == 1 and [d[i]["path"][-5:] for i in range(2)] == ["0.jpg", ".webp"]
+    found = check(file, verbose=False, **kwargs)
+    assert len(found) == 1 and found["path"][0].endswith("row 3") and found["problem"][0].startswith(problem)
+    if case == "numbers": assert d.labels.tolist() == [0, 2]
+
+
+def test_spellings_of_one_label(folder):
+    d = EmotionTable(table(folder, label=["Awe", "awe ", "FEAR"]))
+    assert d.emotions is MIKELS and d.labels.tolist() == [1, 1, 6] and d.two_class().labels.tolist() == [1, 1, 0] and len(check(folder / "t.csv", verbose=False)) == 0
+    with pytest.warns(UserWarning, match="differ only in case or blanks are one: 'Joy' = 'joy'"):
+        d = EmotionTable(table(folder, label=["joy", "Joy", " Joy"]))
+    assert d.emotions.names == ("Joy",)
+    assert EmotionTable(table(folder, label=["deep  calm", "JOY", "Deep Calm"]), emotions=EmotionSet(("joy", "deep calm"))).labels.tolist() == [1, 0, 1]
+    assert EmotionTable(table(folder, label=["a", "A", "1"]), emotions=EmotionSet(("A", "a"))).labels.tolist() == [1, 0, 1]               # told apart by case, if you say so
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert EmotionTable(table(folder, label=[-1, 0, 1])).emotions.names == ("-1", "0", "1")
+
+
+def test_missing_votes_are_named(folder):
+    seven = {n: v for n, v in VOTES.items() if n != "fear"}
+    for kwargs in {}, dict(emotions=MIKELS):
+        with pytest.raises(DataError, match="t.csv: votes for amusement.*only: no column 'fear'. Add what is missing"):
+            EmotionTable(table(folder, **seven), **kwargs)
+    assert "no column 'fear'" in check(folder / "t.csv", verbose=False)["problem"][0]
 
 
 # ---- loading

@@ -2,6 +2,9 @@
 import argparse
 import os
 import pickle
+import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -76,6 +79,59 @@ def test_an_object_array_hides_nothing(tmp_path):
     path = tmp_path / "a.pkl"; path.write_bytes(pickle.dumps(np.array([Calls(os.system, f"touch {tmp_path}/ran")], dtype=object)))
     with pytest.raises(RefusedFile, match="system"): read_pickle(path)
     assert not (tmp_path / "ran").exists()
+
+
+class Dtype:
+    "A dtype of objects whose flags say that it holds none."
+    def __reduce__(self): return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class State:
+    "An array with any state."
+    def __init__(self, *state): self.state = state
+    def __reduce__(self): return np.array(0.).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
+def dtype_state(name, *state): return b"\x80\x02cnumpy\ndtype\n" + pickle.dumps((name, False, True), 2)[2:-1] + b"R" + pickle.dumps(state, 2)[2:-1] + b"b."
+
+
+F8 = np.dtype("f8")
+HOSTILE = dict(pointer=(Calls(np.ndarray, (1,), np.dtype("O"), bytearray(b"AAAAAAAA")), "a call of numpy.ndarray"), flags=(State(1, (1,), Dtype(), False, b"AAAAAAAA"), "an array of object from bytes"),
+               strides=(Calls(np.ndarray, (4,), F8, b"x" * 64, 0, (1 << 40,)), "a call of numpy.ndarray"), huge=(Calls(np.ndarray, (1 << 33,)), "a call of numpy.ndarray"),
+               short=(State(1, (3,), F8, False, b"x" * 8), r"float64 of the shape \(3,\) from 8 bytes"), long=(State(1, (0,), F8, False, b"x" * 8), "from 8 bytes"), negative=(State(1, (-1,), F8, False, b""), r"the shape \(-1,\)"),
+               product=(State(1, (2**32, 2**32), F8, False, b""), "from 0 bytes"), nothing=(State(1, (0, 2**39), F8, False, b""), "an array of nothing"), empty_text=(State(1, (2**39,), np.dtype("U0"), False, b""), "an array of nothing"),
+               truth=(State(1, (1,), np.dtype("?"), False, b"\x07"), "truth values"), text=(State(1, (1,), np.dtype("U1"), False, b"\xff" * 4), "no whole pickle"), objects=(State(1, (2,), np.dtype("O"), False, [1]), "from 1 objects"), nested=(State(1, (1,), np.dtype("O"), False, [np.array([1, None])]), "inside each other"),
+               fields=(np.zeros(1, [("a", "O")]), "dtype 'V8'"), date=(np.zeros(1, "M8[s]"), "dtype 'M8'"), subarray=(dtype_state("f8", 3, "<", (np.int8, (2,)), None, None, -1, -1, 0), "int8"),
+               metadata=(dtype_state("f8", 4, "<", None, None, None, -1, -1, 0, {}), "f8' with the state"), no_state=(b"\x80\x02cnumpy\ndtype\n" + pickle.dumps(("f8", False, True), 2)[2:-1] + b"R.", "without its state"),
+               stub=(b"\x80\x02c_codecs\nencode\n}X\x01\x00\x00\x00aK\x01sb.", "a state for function"), itself=(b"\x80\x04" + b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR\x94h\x00\x86.", "holds itself"),
+               deep=(b"\x80\x02}N" + b"\x85" * 1_000_000 + b"Ns.", "tuples more than 100 deep"), bytes=(Calls(bytearray, 1 << 40), "no whole pickle"), bytearray8=(b"\x80\x05\x96" + b"\xff" * 5 + b"\0\0\0.", "ends too early"))
+
+
+def test_hostile_arrays_are_refused_and_nothing_dies(tmp_path):
+    "In a process of its own: what is taken for an array here would end it."
+    for name, (thing, _) in HOSTILE.items(): (tmp_path / f"{name}.pkl").write_bytes(thing if isinstance(thing, bytes) else pickle.dumps(thing, 4))
+    code = f"""
+from uniemo.interop import read_pickle
+for name in {list(HOSTILE)}:
+    try: print(name, "LOADED", repr(read_pickle(f"{tmp_path}/{{name}}.pkl"))[:200], flush=True)
+    except ValueError as e: print(name, type(e).__name__, str(e), flush=True)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-1000:])
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    for name, (_, what) in HOSTILE.items(): assert said[name].startswith("RefusedFile") and f"{name}.pkl" in said[name] and re.search(what, said[name]), (name, said[name])
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_layout_byte_order_and_sharing(protocol, tmp_path):
+    path, a = tmp_path / "a.pkl", np.arange(24.).reshape(2, 3, 4)
+    things = [np.asfortranarray(a), a.transpose(1, 0, 2), a[:, ::2], a.astype(">f4"), a.astype("<i2"), np.array([[True, False]]), np.zeros((0, 3)), np.array(7.), np.array(["é", "a\0b"]), np.array([b"x\0", b"yz"]), a.astype(complex),
+              np.float32(3), np.str_("é"), np.str_(""), np.bytes_(b"a"), np.bool_(True), np.dtype(">f4"), np.array([[1, [2]], [None, a]], dtype=object), bytearray(b""), bytearray(b"\xff"), b""]
+    path.write_bytes(pickle.dumps([things, a, a], protocol)); back, b, c = read_pickle(path)
+    for x, y in zip(things, back):
+        if not isinstance(x, np.ndarray): assert type(x) is type(y) and x == y; continue
+        assert x.dtype.newbyteorder("=") == y.dtype and x.shape == y.shape and y.flags.writeable and y.flags.owndata and x.flags.f_contiguous == y.flags.f_contiguous
+        if x.dtype.kind != "O": np.testing.assert_array_equal(x, y)
+    assert b is c and back[17][0, 1] == [2] and back[17][1, 1] is b
 
 
 @golden

@@ -8,7 +8,7 @@ __all__ = ['ATTRIBUTES', 'SUFFIXES', 'DataError', 'to_rgb', 'read_image', 'Rando
            'EmotionFolder', 'EmotionTable', 'load_data', 'check', 'EpochSampler', 'make_loader']
 
 # %% ../nbs/01_data.ipynb #cell-03
-import copy, hashlib, io, json, math, operator, os, warnings
+import collections, copy, hashlib, io, json, math, operator, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,11 +311,11 @@ def annotation(self: EmoSet, i):
 # %% ../nbs/01_data.ipynb #cell-38
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-def _folders(path): return sorted(p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith("."))
-def _has_images(folder): return any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
+def _folders(path): return sorted(Path(e.path) for e in os.scandir(path) if not e.name.startswith(".") and e.is_dir())
+def _images(path): return sorted(e.name for e in os.scandir(path) if not e.name.startswith(".") and e.name.lower().endswith(SUFFIXES) and not e.is_dir())
 
 class EmotionFolder(EmotionData):
-    "`root/[split/]emotion/*.{jpg,jpeg,png,webp}`. `emotions`: an `EmotionSet`; without it Mikels' eight if the folders bear these names, else the names sorted."
+    "`root/[split/]emotion/*.{jpg,jpeg,png,webp}`. `emotions`: an `EmotionSet`; without it Mikels' eight if the folders bear these names, else the names sorted. `.ignored`: files that are not read."
     def __init__(self, root, split=None, emotions=None, **kwargs): self._given = emotions; super().__init__(root, split, **kwargs)
 
     def _read_index(self):
@@ -324,16 +324,19 @@ class EmotionFolder(EmotionData):
         names = {p.name for s in splits for p in _folders(self.root / (s or ""))}
         if self._given is not None: self.emotions = self._given
         else: self.emotions = MIKELS if names == set(MIKELS.names) else EmotionSet(tuple(sorted(names)))
-        rows, problems, self.ignored = [], [], []
+        rows, problems, odd = [], [], []
         for folder in _folders(self.root / (self.split or "")):
             known = folder.name in self.emotions.names
             for p in sorted(folder.iterdir()):
                 if p.name.startswith("."): continue
                 name = p.relative_to(self.root).as_posix()
-                if p.suffix.lower() not in SUFFIXES or p.is_dir(): self.ignored.append(name); continue
+                if p.suffix.lower() not in SUFFIXES or p.is_dir(): odd.append(name); continue
                 if not known: problems.append((len(rows), name, f"unknown label: emotion {folder.name!r}", f"Known are {', '.join(self.emotions)}: rename the folder, or pass other emotions"))
                 rows.append((name, name.removesuffix(p.suffix), self.emotions.index(folder.name) if known else -1))
-        if self.ignored and self.on_error != "list": warnings.warn(f"{self.root}: {len(self.ignored)} files are no {', '.join(SUFFIXES)} and are not read, first {self.ignored[0]}", stacklevel=4)
+        outside = [self.root] + [p for p in _folders(self.root) if self.split is not None and (p.name == self.split or p.name not in splits)]
+        self._loose = [(p / n).relative_to(self.root).as_posix() for p in outside for n in _images(p)]; self.ignored = odd + self._loose
+        for files, why in (odd, f"are no {', '.join(SUFFIXES)}"), (self._loose, "lie in no emotion's folder"):
+            if files and self.on_error != "list": warnings.warn(f"{self.root}: {len(files)} files {why} and are not read, first {files[0]}", stacklevel=4)
         columns = list(zip(*rows)) if rows else [()] * 3
         return {k: np.fromiter(v, t, len(rows)) for k, v, t in zip(("path", "image_id", "label"), columns, (object, object, np.int64))}, problems
 
@@ -342,8 +345,9 @@ class EmotionFolder(EmotionData):
     @staticmethod
     def splits(root):
         if not Path(root).is_dir(): raise DataError(root, "no such folder", "Give the folder that holds the emotions or the splits")
-        subs = _folders(root)
-        return [None] if any(map(_has_images, subs)) else [p.name for p in subs if _folders(p)]
+        subs = _folders(root); inner = {p: sum(len(_images(q)) for q in _folders(p)) for p in subs}; outer = sum(len(_images(p)) for p in subs)
+        usual = any(inner[p] and p.name.lower() in ("train", "training", "val", "valid", "validation", "dev", "test", "testing") for p in subs)
+        return [p.name for p in subs if _folders(p)] if usual or sum(inner.values()) >= outer else [None]     # the level that holds more images is that of the emotions
 
 # %% ../nbs/01_data.ipynb #cell-41
 def _one_of(table, names, file, needed=True):
@@ -351,13 +355,32 @@ def _one_of(table, names, file, needed=True):
     if needed and found is None: raise DataError(file, f"no column {names[0]!r}", f"Columns in it: {', '.join(map(str, table.columns))}; name one of them {' or '.join(names)}")
     return found
 
+def _cells(column):
+    "A column as Python objects: None where empty, text without outer blanks, whole floats as integers, which pandas made floats because of an empty cell."
+    plain = lambda v: (v.strip() or None) if isinstance(v, str) else int(v) if isinstance(v, float) and v.is_integer() else v
+    return pd.Series(np.fromiter((None if e else plain(v) for v, e in zip(column.tolist(), column.isna())), object, len(column)), column.index, object)
+
 def _names_of(value):
-    "A cell with names as a list: 'a; b', '[\"a\", \"b\"]', a list or nothing."
+    "A cell with names as a list: 'a; b', '[\"a\", \"b\"]', a list or nothing. A `ValueError` where it is none of these."
     if isinstance(value, list | tuple | np.ndarray): return [str(v) for v in value]
     if value is None or value != value: return []
     text = str(value).strip()
-    return [str(v) for v in json.loads(text)] if text.startswith("[") else [v.strip() for v in text.split(";") if v.strip()]
+    try: names = json.loads(text) if text.startswith("[") else [v.strip() for v in text.split(";") if v.strip()]
+    except RecursionError: raise ValueError("too deep") from None
+    if any(isinstance(v, list | dict | None) for v in names): raise ValueError("a list of names holds no lists")
+    return [str(v) for v in names]
 
+def _same(name):
+    "What two spellings of one label share."
+    return " ".join(str(name).casefold().split())
+
+def _spellings(cells):
+    "The labels of a column: what their spellings share -> the commonest of them."
+    counts, out = collections.Counter(str(v) for v in cells if v is not None), {}
+    for v in sorted(counts, key=lambda v: (-counts[v], v)): out.setdefault(_same(v), []).append(v)
+    return out
+
+# %% ../nbs/01_data.ipynb #cell-41a
 class EmotionTable(EmotionData):
     "`file`: CSV or Parquet; paths in it start at `root`, the file's folder unless given. Label set and attribute names are found in the table unless given."
     def __init__(self, file, split=None, root=None, emotions=None, scene_names=None, object_names=None, **kwargs):
@@ -371,43 +394,65 @@ class EmotionTable(EmotionData):
         except Exception as e: raise DataError(file, f"cannot be read as a table: {e}", "Save it as CSV (UTF-8, with a header line) or Parquet") from None
 
     @staticmethod
-    def splits(file): t = EmotionTable.read(file); return sorted(t["split"].dropna().unique()) if "split" in t else [None]
+    def splits(file): t = EmotionTable.read(file); return sorted(_cells(t["split"]).dropna().unique(), key=str) if "split" in t else [None]
 
     def annotation(self, i): return {k: self.columns[k][i] for k in ("scene", "object") if k in self.columns and self.columns[k][i] is not None}
+
+    def _where(self, row): return f"{self._file}, row {row + 2}"                         # as in a spreadsheet, the header being row 1
+
+    def _label_set(self, t, label):
+        "The emotions, and which of them have a column of votes."
+        file, emotions, names = self._file, self._given[0], _spellings(t[label]) if label else {}
+        if emotions is None:
+            if set(MIKELS.names) <= set(t.columns) or label and set(names) <= set(MIKELS.names) or not label and set(MIKELS.names) & set(t.columns): emotions = MIKELS
+            elif label: emotions = EmotionSet(tuple(sorted(v[0] for v in names.values())))
+            else: raise DataError(file, "neither a label nor votes", "Add a column 'label', or one column of votes for each emotion and pass emotions=EmotionSet(names)")
+            many = [" = ".join(map(repr, v)) for v in names.values() if len(v) > 1]
+            if many and emotions is not MIKELS and self.on_error != "list": warnings.warn(f"{file}: labels that differ only in case or blanks are one: {'; '.join(many)}", stacklevel=5)
+        found, lacking = [n for n in emotions if n in t.columns], [n for n in emotions if n not in t.columns]
+        if not label and not found: raise DataError(file, "neither a label nor votes", f"Add a column 'label', or one of votes for each of {', '.join(emotions)}")
+        if not label and lacking: raise DataError(file, f"votes for {', '.join(found)} only: no column {', '.join(map(repr, lacking))}", "Add what is missing, or a column 'label', or pass emotions=EmotionSet(names) if the votes are for others")
+        return emotions, found
 
 # %% ../nbs/01_data.ipynb #cell-42
 @patch
 def _read_index(self: EmotionTable):
-    t, file = EmotionTable.read(self._file), self._file; emotions, scenes, objects = self._given
+    t, file = EmotionTable.read(self._file).reset_index(drop=True), self._file; scenes, objects = self._given[1:]
     path, label, cell = _one_of(t, ("path", "image", "image_path", "filename"), file), _one_of(t, ("label", "emotion"), file, False), _one_of(t, ("objects", "object"), file, False)
-    if emotions is None:
-        if set(MIKELS.names) <= set(t.columns) or label and set(t[label].dropna()) <= set(MIKELS.names): emotions = MIKELS
-        elif label: emotions = EmotionSet(tuple(sorted(map(str, t[label].dropna().unique()))))
-        else: raise DataError(file, "neither a label nor votes", "Add a column 'label', or one column of votes for each emotion and pass emotions=EmotionSet(names)")
-    self.emotions, columns, problems = emotions, {}, []; found = [n for n in emotions if n in t.columns]
-    if found and len(found) < len(emotions) and not label: raise DataError(file, f"votes for {', '.join(found)} only", f"Every emotion needs its column: {', '.join(emotions)}")
-    if not label and not found: raise DataError(file, "neither a label nor votes", f"Add a column 'label', or one of votes for each of {', '.join(emotions)}")
-    sets = [_names_of(v) for v in t[cell]] if cell else []
+    t = t.assign(**{k: _cells(t[k]) for k in {label, "split", "scene", "valence", "arousal"} & set(t.columns)}); self.emotions, found = self._label_set(t, label)
+    sets, bad = [], {}
+    for k, v in enumerate(t[cell]) if cell else ():
+        try: sets.append(_names_of(v))
+        except ValueError: sets.append([]); bad[k] = v
     self.scene_names = tuple(scenes) if scenes is not None else tuple(sorted(t["scene"].dropna().unique())) if "scene" in t else ()
     self.object_names = tuple(objects) if objects is not None else tuple(sorted({o for s in sets for o in s}))
-    if cell: t = t.assign(**{cell: pd.Series(sets, index=t.index, dtype=object)})
+    if cell: t[cell] = pd.Series(sets, index=t.index, dtype=object)
+    columns, problems = {}, []
     if self.split is not None:
         if "split" not in t: raise DataError(file, "no column 'split'", f"Leave split out, or add the column; columns in it: {', '.join(map(str, t.columns))}")
+        problems += [(None, self._where(k), "no split", "Write its split, or take the row out") for k in np.flatnonzero(t["split"].isna())]
         t = t[t["split"] == self.split]
+    problems += [(i, self._where(k), f"no list of names: {cell} is {bad[k]!r:.80}", "Write 'a; b' or a JSON list of names, or leave it empty") for i, k in enumerate(t.index) if k in bad]
     known = {kind: {fold(n): n for n in names} for kind, names in (("scene", self.scene_names), ("object", self.object_names))}
     columns["path"] = np.array([str(p) if p == p and p is not None else "" for p in t[path]], object); columns["image_id"] = np.array([os.path.splitext(p)[0] for p in columns["path"]], object)
-    columns["scene"] = np.array([None if v is None or v != v else v for v in t["scene"]], object) if "scene" in t else np.full(len(t), None)
+    columns["scene"] = t["scene"].to_numpy(object) if "scene" in t else np.full(len(t), None)
     columns["object"] = np.fromiter(t[cell], object, len(t)) if cell else np.fromiter(([] for _ in range(len(t))), object, len(t))
-    columns.update({k: pd.to_numeric(t[k], errors="coerce").to_numpy(np.float32) for k in ("valence", "arousal") if k in t})
-    self._labels_and_votes(t, label, found, columns, problems)
-    self._check_cells(t.index, columns, known, problems)
-    return columns, sorted(problems, key=lambda p: p[0])
+    self._numbers(t, columns, problems); self._labels_and_votes(t, label, found, columns, problems); self._check_cells(t.index, columns, known, problems)
+    return columns, sorted(problems, key=lambda p: -1 if p[0] is None else p[0])
+
+@patch
+def _numbers(self: EmotionTable, t, columns, problems):
+    "Fill `valence` and `arousal`, NaN where empty. Their scale is the table's own, so any finite number may stand there."
+    for k in [k for k in ("valence", "arousal") if k in t]:
+        with np.errstate(over="ignore"): columns[k] = pd.to_numeric(t[k], errors="coerce").to_numpy(np.float64, na_value=np.nan).astype(np.float32)
+        bad = t[k].notna().to_numpy() & ~np.isfinite(columns[k])
+        problems += [(int(i), self._where(t.index[i]), f"no finite number: {k} is {t[k].iloc[i]!r:.80}", "Correct it, or leave it empty") for i in np.flatnonzero(bad)]
 
 # %% ../nbs/01_data.ipynb #cell-43
 @patch
 def _labels_and_votes(self: EmotionTable, t, label, found, columns, problems):
-    "Fill `label` and `votes`; rows are named as in a spreadsheet, the header being row 1."
-    where = lambda i: f"{self._file}, row {t.index[i] + 2}"
+    "Fill `label` and `votes`."
+    where = lambda i: self._where(t.index[i])
     if len(found) == len(self.emotions):
         votes = t[list(self.emotions)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64); total = votes.sum(1)
         bad = ~np.isfinite(votes).all(1) | (votes < 0).any(1); empty = ~bad & (total <= 0)
@@ -415,8 +460,11 @@ def _labels_and_votes(self: EmotionTable, t, label, found, columns, problems):
             problems += [(int(i), where(i), f"{problem} ({', '.join(f'{v:g}' for v in votes[i])})", "Votes are counts or shares, none negative, at least one positive: correct the row or take it out") for i in np.flatnonzero(rows)]
         votes = np.where((bad | empty)[:, None], 1., votes); columns["votes"] = votes / votes.sum(1, keepdims=True)
     if label:
-        place = {str(i): i for i in range(len(self.emotions))} | {n: i for i, n in enumerate(self.emotions)}; columns["label"] = np.array([place.get(str(v), -1) for v in t[label]], np.int64)
-        problems += [(int(i), where(i), f"unknown label: emotion {t[label].iloc[i]!r}", f"Known are {', '.join(self.emotions)}: correct the row, or pass other emotions") for i in np.flatnonzero(columns["label"] < 0)]
+        place = {str(i): i for i in range(len(self.emotions))} | {n: i for i, n in enumerate(self.emotions)}; near = {_same(n): i for n, i in place.items()}
+        if len(near) < len(place): near = {}                                             # names that only case tells apart: to the letter
+        columns["label"] = np.array([place.get(str(v), near.get(_same(v), -1)) if v is not None else -1 for v in t[label]], np.int64)
+        said = lambda v: "the cell is empty" if v is None else f"emotion {v!r}"
+        problems += [(int(i), where(i), f"unknown label: {said(t[label].iloc[i])}", f"Known are {', '.join(self.emotions)}: correct the row, or pass other emotions") for i in np.flatnonzero(columns["label"] < 0)]
     else: columns["label"] = columns["votes"].argmax(1)
 
 @patch
@@ -424,7 +472,7 @@ def _check_cells(self: EmotionTable, index, columns, known, problems):
     "Paths, and names that are not among those given."
     seen = set()
     for i, path in enumerate(columns["path"]):
-        where = f"{self._file}, row {index[i] + 2}"
+        where = self._where(index[i])
         if not path: problems.append((i, where, "no path", "Fill in the path of the image"))
         elif leaves_root(path): problems.append((i, path, "leaves the root: an absolute path or '..' in the table", f"Put the file under {self.root} and name it from there"))
         elif path in seen: problems.append((i, path, "duplicated entry", f"Take all but one out of {self._file.name}"))
@@ -488,7 +536,7 @@ def check(root, splits=None, progress=False, verbose=True, **kwargs):
     rows, seen, counts = [], {}, {}
     try: layout = _layout(root); splits = layout.splits(root) if splits is None else splits
     except DataError as e: return _summary(root, [(e.path, e.problem, e.remedy)], {}, verbose)
-    if not splits: rows.append((str(root), "no data found", "Images lie in root/emotion or root/split/emotion; EmoSet has train.json, val.json, test.json"))
+    if not splits: rows.append((str(root), "no data found", "Images lie in root/emotion or root/split/emotion; EmoSet has train.json, val.json, test.json; a table's column 'split' is not empty"))
     for split in splits:
         try: data = layout(root, split, on_error="list", **kwargs)
         except DataError as e: rows.append((e.path, e.problem, e.remedy)); continue
@@ -496,7 +544,9 @@ def check(root, splits=None, progress=False, verbose=True, **kwargs):
         if not len(data): rows.append((str(Path(root) / f"{split}"), "empty split", "Fill it, or delete it"))
         elif layout is EmotionFolder:
             rows += [(f"{split}/{n}" if split else n, "empty emotion: no image of it in this split", "Fill the folder, or do without the emotion in all splits") for k, n in enumerate(data.emotions) if not (data.labels == k).any()]
-            rows += [(p, "not read: no image file", f"Convert it to one of {', '.join(SUFFIXES)}, or take it away") for p in data.ignored]
+        if layout is EmotionFolder:
+            loose = set(data._loose)
+            rows += [(p, "not read: in no emotion's folder", "Move it into the folder of its emotion, or take it away") if p in loose else (p, "not read: no image file", f"Convert it to one of {', '.join(SUFFIXES)}, or take it away") for p in data.ignored]
     return _summary(root, list(dict.fromkeys(rows)), counts, verbose)
 
 def _summary(root, rows, counts, verbose):

@@ -7,7 +7,7 @@ __all__ = ['ADMITTED', 'INTERACTION', 'RULES', 'UNREAD', 'RefusedFile', 'read_to
            'UniEmoFiles', 'load_uniemo', 'official_state', 'EmoGenFiles', 'load_emogen']
 
 # %% ../nbs/16_interop.ipynb #cell-03
-import argparse, io, pickle, re, warnings
+import argparse, io, math, pickle, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,30 +40,113 @@ def _what_it_asks_for(path, error):
     return f"no torch file of tensors ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
 
 # %% ../nbs/16_interop.ipynb #cell-10
-def _to_bytes(text, encoding):
+_PLAIN = re.compile(r"[biufc]\d{1,2}|[SU]\d{1,9}|O8?")                           # what a dtype may be called: truth values, numbers, text, objects
+
+class _Open:
+    "A dtype or an array whose state comes with the next opcode; `build(state)` gives its `value`."
+    def __init__(self, build): self.build, self.value = build, None
+
+def _to_bytes(text="", encoding="latin1"):
     "How old pickle protocols write bytes."
     if encoding not in ("latin1", "latin-1"): raise RefusedFile(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
-_arrays = np.array(0.).__reduce__()[0].__module__                              # numpy._core.multiarray, or numpy.core.multiarray before numpy 2
-_core = _arrays.rsplit(".", 1)[0]
-ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _to_bytes,
-            ("numpy.core.multiarray", "_reconstruct"): np.array(0.).__reduce__()[0], ("numpy.core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
-            ("numpy.core.numeric", "_frombuffer"): np.ones(1).__reduce_ex__(5)[0],
-            **{("builtins", t.__name__): t for t in (list, tuple, dict, set, frozenset, bytearray, complex)}}
+def _bytearray(data=b"", encoding="latin1"): return bytearray(data if isinstance(data, bytes) else _to_bytes(data, encoding))
 
-class _Unpickler(pickle.Unpickler):
+def _ndarray(*args): raise RefusedFile("a call of numpy.ndarray, which lays an array over any memory")
+
+def _dtype(name, *flags):
+    if not (isinstance(name, str) and _PLAIN.fullmatch(name)): raise RefusedFile(f"the dtype {name!r}")
+    def build(state):
+        if not (isinstance(state, tuple) and len(state) == 8 and state[1] in ("<", ">", "=", "|") and state[2:5] == (None,) * 3): raise RefusedFile(f"the dtype {name!r} with the state {state!r:.80}")
+        return np.dtype(name).newbyteorder(state[1])                           # sizes and flags of the file are not believed
+    return _Open(build)
+
+def _array(shape, dtype, raw, order="C", axes=None):
+    "A new array of the bytes `raw`, or of a list of objects, if there are exactly as many as `shape` and `dtype` need."
+    if not isinstance(dtype, np.dtype): raise RefusedFile(f"an array of the dtype {dtype!r:.80}")
+    if not (isinstance(shape, tuple) and len(shape) <= 32 and all(type(n) is int and 0 <= n < 2**40 for n in shape)): raise RefusedFile(f"an array of the shape {shape!r:.80}")
+    raw, objects, count = raw.encode("latin1") if isinstance(raw, str) else raw, dtype.kind == "O", math.prod(shape)
+    if not isinstance(raw, list if objects else (bytes, bytearray)): raise RefusedFile(f"an array of {dtype} from {type(raw).__name__}")
+    if len(raw) != count * (1 if objects else dtype.itemsize): raise RefusedFile(f"an array of {dtype} of the shape {shape} from {len(raw)} {'objects' if objects else 'bytes'}")
+    if math.prod(n or 1 for n in shape) > max(len(raw), 2**24): raise RefusedFile(f"an array of nothing of the shape {shape}")
+    if objects and any(isinstance(v, np.ndarray) and v.dtype.kind == "O" for v in raw): raise RefusedFile("arrays of objects inside each other")   # numpy frees them without looking at the depth, and dies
+    if objects: flat = np.fromiter(raw, object, count)
+    else: flat = np.frombuffer(raw, dtype) if raw else np.zeros(count, dtype)
+    if dtype.kind == "b" and flat.view(np.uint8).max(initial=0) > 1: raise RefusedFile("truth values beside 0 and 1")
+    if dtype.kind == "U": flat.tolist()                                        # fails here, not at first use, if it is no text
+    flat = flat.astype(dtype.newbyteorder("="), copy=False)                    # what torch can take
+    return flat.reshape(shape, order="C" if axes else order).transpose(axes or range(len(shape))).copy("K")
+
+# %% ../nbs/16_interop.ipynb #cell-10a
+def _reconstruct(kind, *args):
+    "numpy's array before its state, and the array made of the state."
+    if kind is not _ndarray: raise RefusedFile(f"an array of the class {kind!r:.80}")
+    def build(state):
+        if not (isinstance(state, tuple) and len(state) == 5): raise RefusedFile(f"an array with the state {state!r:.80}")
+        _, shape, dtype, fortran, raw = state
+        return _array(shape, dtype, raw, "F" if fortran else "C")
+    return _Open(build)
+
+def _scalar(dtype, raw): return _array((), dtype, raw)[()]
+
+def _frombuffer(raw, dtype, shape, order, axes=None): return _array(shape, dtype, raw, order, axes)
+
+def _then(load, look):
+    "An opcode, and what looks at what it left on the stack."
+    def both(self): load(self); look(self)
+    return both
+
+ADMITTED = {("numpy", "ndarray"): _ndarray, ("numpy", "dtype"): _dtype, ("numpy.core.multiarray", "_reconstruct"): _reconstruct, ("numpy.core.multiarray", "scalar"): _scalar,
+            ("numpy.core.numeric", "_frombuffer"): _frombuffer, ("_codecs", "encode"): _to_bytes, ("builtins", "bytes"): _to_bytes, ("builtins", "bytearray"): _bytearray,
+            **{("builtins", t.__name__): t for t in (list, tuple, dict, set, frozenset, complex)}}
+
+# %% ../nbs/16_interop.ipynb #cell-10b
+class _Unpickler(pickle._Unpickler):                                           # the one in Python: in C, opcodes cannot be refused, and a few bytes reserve gigabytes
+    def load(self):
+        self.open, self.depth = [], {}; content = super().load()
+        if any(o.value is None for o in self.open): raise RefusedFile("an array or dtype without its state")
+        return content
+
     def find_class(self, module, name):
         key = re.sub(r"^numpy\._core\b", "numpy.core", "builtins" if module == "__builtin__" else module), name
         if key not in ADMITTED: raise RefusedFile(f"{module}.{name}")
         return ADMITTED[key]
 
+    def build(self):
+        state, it = self.stack.pop(), self.stack[-1]
+        if not isinstance(it, _Open) or it.value is not None: raise RefusedFile(f"a state for {type(it).__name__}")
+        it.value = self.stack[-1] = it.build(state)
+
+    def made(self):
+        it = self.stack[-1]
+        if isinstance(it, _Open): self.open.append(it)
+        elif isinstance(it, tuple | frozenset):                                # Python hashes these without looking at the depth, and dies
+            self.depth[id(it)] = 1 + max((self.depth.get(id(v), 0) for v in it if isinstance(v, tuple | frozenset)), default=0)
+            if self.depth[id(it)] > 100: raise RefusedFile("tuples more than 100 deep")
+
+    def again(self):
+        it = self.stack[-1]
+        if isinstance(it, _Open) and it.value is None: raise RefusedFile("an array that holds itself")
+        if isinstance(it, _Open): self.stack[-1] = it.value
+
+    def bytearray8(self):
+        size = int.from_bytes(self.read(8), "little"); data = self.read(size)
+        if len(data) < size: raise EOFError("the file ends too early")
+        self.append(bytearray(data))
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: build, pickle.BYTEARRAY8[0]: bytearray8}
+    for op in (pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET): dispatch[op[0]] = _then(dispatch[op[0]], made)
+    for op in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP): dispatch[op[0]] = _then(dispatch[op[0]], again)
+    del op
+
+# %% ../nbs/16_interop.ipynb #cell-10c
 def read_pickle(path):
-    "The content of a pickle of numpy arrays and built-in containers; anything else is refused with its name, before it is run."
+    "The content of a pickle of plain numpy arrays and built-in containers; anything else is refused with its name, before it is run."
     path = Path(path); data = path.read_bytes()
     try: return _Unpickler(io.BytesIO(data)).load()
-    except RefusedFile as e: raise RefusedFile(f"{path} was not read: it asks for {e}; only numpy arrays and built-in containers are admitted") from None
-    except Exception as e: raise RefusedFile(f"{path} was not read: no whole pickle of arrays ({type(e).__name__}: {e})") from None
+    except RefusedFile as e: raise RefusedFile(f"{path} was not read: it asks for {e}; only numpy arrays and built-in containers are admitted. If you trust its author, have it saved anew with these") from None
+    except Exception as e: raise RefusedFile(f"{path} was not read: no whole pickle of arrays ({type(e).__name__}: {e}). Fetch it again") from None
 
 # %% ../nbs/16_interop.ipynb #cell-14
 INTERACTION = {"norm_image": "norm", "norm_query": "query_decoder.0.norm1", "norm_mlp": "query_decoder.0.norm3", **{k: f"query_decoder.0.cross_attn.{k}_proj" for k in "qkv"},

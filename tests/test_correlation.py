@@ -169,6 +169,17 @@ def test_a_row_that_is_no_distribution():
         with pytest.raises(ValueError, match="sea"): CorrelationTable({"sea": row})
 
 
+def test_a_file_with_other_columns_is_put_in_order(tmp_path):
+    table = random_table("abc", "de"); shuffled = [3, 0, 7, 1, 6, 2, 5, 4]; path = tmp_path / "t.csv"; frame = table.to_pandas(); frame[[MIKELS.names[i] for i in shuffled]].to_csv(path)
+    there = CorrelationTable.load(path); assert there.emotions == [MIKELS.names[i] for i in shuffled]; assert torch.equal(there.reorder(MIKELS).matrix("scene"), table.matrix("scene"))
+    q, e = torch.randn(7, 6), torch.arange(7); right, wrong = (Retriever(t, torch.eye(6)[:3], torch.eye(6)[3:5]) for t in (table, there)); assert not torch.equal(wrong(q, q, e).alpha_scene, right(q, q, e).alpha_scene)
+    right.check_emotions(MIKELS); assert torch.equal(wrong.reorder(MIKELS)(q, q, e).alpha_scene, right(q, q, e).alpha_scene)
+    with pytest.raises(ValueError, match="order excitement, amusement, .*order amusement, awe"): wrong.check_emotions(MIKELS)
+    for which in (table, right):
+        with pytest.raises(ValueError, match="has the emotions amusement.*wanted are awe, joy"): which.reorder(("awe", "joy"))
+    wrong.reorder(MIKELS).save_pretrained(tmp_path / "r"); back = Retriever.from_pretrained(tmp_path / "r"); back.check_emotions(MIKELS); assert torch.equal(back.scene_table, right.scene_table)
+
+
 # ---- retrieval
 
 @pytest.mark.parametrize("retrieval", RETRIEVALS)

@@ -150,16 +150,49 @@ def test_another_space_needs_no_training(store, trained):
     assert all(torch.equal(p, q) for part in ("encoder", "mapper") for p, q in zip(getattr(a, part).parameters(), getattr(b, part).parameters()))
 
 
+def test_each_network_reads_a_photograph_at_its_own_size(tmp_path, monkeypatch):
+    "An encoder of 32 pixels beside an autoencoder of 64, both stages: the latents are of the photograph, not of the encoder's view enlarged."
+    from transformers import CLIPModel
+    from uniemo import loop
+    from uniemo.data import EmoSet, eval_transform
+    from uniemo.foundation import load_clip, mini_folder
+    from uniemo.queries import ExpertQueryModel
+    small = tmp_path / "clip"; shutil.copytree(mini_folder("clip"), small); config = load_clip()[0].config; config.vision_config.image_size = 32; torch.manual_seed(0); CLIPModel(config).save_pretrained(small)
+    root = write_emoset(tmp_path / "world", 48, size=128, progress=False); read, cache = [], loop.cache_latents; first, second = tmp_path / "first", tmp_path / "second"; first.mkdir(); second.mkdir()
+    monkeypatch.setattr(loop, "cache_latents", lambda vae, x, **kwargs: (read.append(x), cache(vae, x, **kwargs))[1])
+    understanding(first, str(root), FIRST, backbone=str(small)); assert ExpertQueryModel.from_pretrained(first / "model").config.image_size == 32
+    joint(second, str(root), first, SECOND, backbone=str(small)); assert (second / "metrics.json").exists()
+    want = EmoSet(root, "train", transform=eval_transform(64, fraction=1.)); want = torch.stack([want[i]["pixel_values"] for i in range(len(want))]); x = torch.cat(read)[:len(want)]
+    resized = lambda x, size: torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True); detail = lambda x: (x - resized(resized(x, 32), 64)).square().mean()
+    torch.testing.assert_close(x, want, atol=.02, rtol=0); assert detail(x) > 10 * detail(resized(resized(want, 32), 64))
+    world = loop.load_world(str(root), loop.View(32), side=64)["train"]; assert world["pixel_values"].shape[-1] == 32 and world["images"].shape[-1] == 64 and world["images"].dtype == torch.uint8
+    with pytest.warns(UserWarning, match="vae_size=64"): loop._latents(world["images"][:2], loop.load_diffusion(), JointConfig.preset("mini", vae_size=32))
+
+
+def test_labels_are_the_encoder_s_classes(trained, tmp_path):
+    "Coefficients, labels and logits are read by position, so data in another order than the encoder's are refused."
+    from uniemo.queries import ExpertQueryModel
+    model = ExpertQueryModel.from_pretrained(trained[0] / "model"); model.config.class_names = model.config.class_names[::-1]; model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="the data have the emotions amusement, awe.*the encoder has sadness, fear"): joint(tmp_path, DATA, tmp_path, SECOND)
+
+
 TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_threads=1)
 
 def test_joint_experiment(tmp_path):
     run = start("joint", dict(TINY, num_train=32, num_test=32, num_images=1), tmp_path, progress=False); assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
 
+def test_joint_experiment_in_the_paper_s_setting(tmp_path):
+    "As long as the preset says: 15 epochs of 32 images in batches of 256, then one in batches of 8; on the mini models, at their sizes."
+    params = dict(TINY, preset="paper", understanding_steps=None, joint_steps=None, num_train=32, num_test=32, num_images=1); run = start("joint", params, tmp_path, progress=False); found = run.summary()
+    assert found["stage1_steps"] == 2 and found["stage2_steps"] == 4
+    config = json.loads(next((run.dir / "stages").glob("joint-*/params.json")).read_text())["config"]; assert config["num_queries"] == 32 and config["vae_size"] == 64 and config["backbone"] == "mini"
+
 def test_joint_says_what_it_needs_before_it_begins(tmp_path):
     world = write_emoset(tmp_path / "world", 48, progress=False); bare = tmp_path / "bare"
     for split in ("train", "val", "test"): shutil.copytree(world / "image", bare / split)
-    for data, say in ((world / "image", "no split 'train'"), (bare, "names no scenes and no objects")):
-        with pytest.raises(RunFailed, match=say): start("joint", dict(TINY, data=str(data)), tmp_path / "runs", progress=False)
+    for wrong, say in ((dict(data=str(world / "image")), "no split 'train'"), (dict(data=str(bare)), "names no scenes and no objects"), (dict(joint_settings=dict(stepz=3)), "the nearest is 'steps'"),
+                       (dict(mapper=dict(use_scen=False)), "did you mean 'mapper.use_scene'"), (dict(space="bnak"), "the nearest is 'bank'")):
+        with pytest.raises(RunFailed, match=say): start("joint", dict(TINY, **wrong), tmp_path / "runs", progress=False)
     assert not list((tmp_path / "runs").glob("*/stages"))
 
 def test_quickstart(tmp_path, run_again):

@@ -286,7 +286,7 @@ def test_an_encoder_without_queries(folder):
     loader = DataLoader(EmotionFolder(folder, transform=eval_transform(8)), batch_size=4)
     for mode in (True, False):
         space = fit_space(loader, model.train(mode), ("awe", "fear")); assert model.training == mode and space.parts == ("class",) and space.hidden_size == 64
-    with pytest.raises(ValueError, match="found 0 to 1"): fit_space(loader, model.train(), ("awe",))
+    with pytest.raises(ValueError, match="found 0 to 1"): fit_space(list(loader), model.train(), ("awe",))
     assert model.training
 
 

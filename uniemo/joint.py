@@ -7,6 +7,7 @@ __all__ = ['JointConfig', 'scaled_latents', 'cache_latents', 'flip_together', 'p
            'name_embeddings', 'warm_start', 'InversionStage']
 
 # %% ../nbs/12d_joint.ipynb #cell-03
+from difflib import get_close_matches
 from typing import ClassVar
 
 import torch
@@ -16,9 +17,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .conditioning import compute_device, encode_prompts
+from .correlation import RETRIEVALS
 from .data import fold
 from .losses import condition_loss, diffusion_loss, diffusion_target, joint_loss, word_logits
 from .mini import caption
+from .queries import PARTS
 from .training import Stage, settings
 from .understanding import UnderstandingConfig, UnderstandingStage
 
@@ -46,6 +49,12 @@ class JointConfig(UnderstandingConfig):
     def __post_init__(self):
         super().__post_init__()
         if len(self.joint_weights) != 3 or min(self.joint_weights) < 0: raise ValueError(f"joint_weights are three, for L_U, L_cond and L_diff, none negative, not {self.joint_weights}")
+        for k, given, known in (("retrieval", [self.retrieval], RETRIEVALS), ("train_parts", self.train_parts, PARTS)):
+            for v in given:
+                if v not in known: raise ValueError(f"{k} knows {', '.join(known)}, not {v!r}; the nearest is {get_close_matches(str(v), known, 1, 0)[0]!r}")
+        if not self.temperature > 0: raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if "<emotion>" not in self.prompt: raise ValueError(f"prompt has no place for the pseudo-word: write <emotion> where it should stand, not {self.prompt!r}")
+        if self.vae_size <= 0: raise ValueError(f"vae_size is a side in pixels, above 0, not {self.vae_size}")
         if self.warm_start < 0: raise ValueError(f"warm_start is a number of steps, 0 for none, not {self.warm_start}")
         if not 0 <= self.word_dropout < 1: raise ValueError(f"word_dropout is a share from 0 to below 1, not {self.word_dropout}")
 
@@ -86,6 +95,8 @@ class JointStage(UnderstandingStage):
     def __init__(self, encoder, mapper, retriever, unet, text_encoder, tokenizer, scheduler, config, vae=None, scene_text=None, object_text=None):
         super().__init__(encoder, config, scene_text, object_text)
         if encoder.config.num_queries == 0: raise ValueError("joint training needs an encoder with expert queries (num_queries > 0)")
+        retriever.check_emotions(encoder.config.class_names or retriever.config.emotions)
+        if len(retriever.config.emotions) != encoder.config.num_classes: raise ValueError(f"the retriever's table has {len(retriever.config.emotions)} emotions, the encoder {encoder.config.num_classes} classes: make both for the same emotions")
         self.mapper, self.retriever, self.tokenizer = mapper, retriever, tokenizer
         self.scheduler = DDPMScheduler.from_config(scheduler.config)              # samplers add the same noise, but not all can tell the velocity
         self.unet, self.text_encoder, self.vae = (None if m is None else m.requires_grad_(False) for m in (unet, text_encoder, vae))
@@ -126,6 +137,13 @@ def denoise(self: JointStage, latents, embeds, noise, timesteps):
     return self.unet(noised.to(dtype), timesteps, embeds.to(dtype)).sample, diffusion_target(self.scheduler, latents, noise, timesteps)
 
 @patch
+def diffusion(self: JointStage, latents, embeds, noise=None):
+    "L_diff of `latents` at random timesteps; `embeds()` gives what the U-Net reads. Noise that is not given is drawn after the timesteps."
+    t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+    if noise is None: noise = torch.randn_like(latents)
+    return diffusion_loss(*self.denoise(latents, embeds(), noise, t))         # the order of the draws is that of published runs
+
+@patch
 def loss(self: JointStage, batch, counts=None):
     out = self.model(batch["pixel_values"]); target = batch.get("votes", batch["label"])
     words, found = self.words(out, target if target.ndim == 1 else target / target.sum(1, keepdim=True))
@@ -133,9 +151,7 @@ def loss(self: JointStage, batch, counts=None):
     condition = condition_loss(word_logits(self.model.head, words, self.bridge), batch["label"], out.logits, self.config.condition_weights, self.config.margin)
     diff = words.new_zeros(())
     if self.config.joint_weights[2]:                                        # a control without the diffusion model's say need not ask it
-        latents = self.latents(batch); noise = torch.randn_like(latents)
-        t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        diff = diffusion_loss(*self.denoise(latents, self.prompt_embeds(words), noise, t))
+        latents = self.latents(batch); diff = self.diffusion(latents, lambda: self.prompt_embeds(words), torch.randn_like(latents))
     return dict(loss=joint_loss(understanding["loss"], condition["loss"], diff, self.config.joint_weights), loss_diff=diff, loss_u=understanding["loss"], loss_ce=condition["loss_ce"], loss_tri=condition["loss_tri"],
                 **{k: v for k, v in understanding.items() if k != "loss"}, accuracy=(out.logits.detach().argmax(1) == batch["label"]).float().mean())
 
@@ -229,13 +245,12 @@ class InversionStage(Stage):
         first = text_encoder.get_input_embeddings().weight[tokenizer(start, add_special_tokens=False).input_ids[0]].detach()
         self.words = nn.Parameter(first.repeat(num_emotions, 1))
 
-    denoise, latents = JointStage.denoise, JointStage.latents
+    denoise, latents, diffusion = JointStage.denoise, JointStage.latents, JointStage.diffusion
     def parameter_groups(self): return {"words": ({"words": self.words}, self.config.lr_mappers, 0.)}
     def embeds(self, labels): return encode_prompts(self.text_encoder, self.tokenizer, self.config.prompt, self.words[labels])
 
     def loss(self, batch, counts=None):
-        latents = self.latents(batch); t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        loss = diffusion_loss(*self.denoise(latents, self.embeds(batch["label"]), torch.randn_like(latents), t))
+        loss = self.diffusion(self.latents(batch), lambda: self.embeds(batch["label"]))
         return dict(loss=loss, loss_diff=loss.detach())
 
     def predict(self, batch): return dict(loss_diff=fixed_errors(self, self.latents(batch), self.embeds(batch["label"])))

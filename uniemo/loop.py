@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'HOW', 'code_hash', 'contents', 'Store', 'settings_of', 'metrics_of', 'three_splits', 'World', 'paint_split',
-           'mini_world', 'load_world', 'name_tensors', 'with_extra', 'understanding', 'joint', 'vae_pixels', 'respaced',
-           'candidates', 'read_candidates', 'name_shares', 'prompted', 'inversion', 'scores', 'kept', 'further_real']
+           'mini_world', 'load_world', 'image_side', 'name_tensors', 'with_extra', 'understanding', 'joint',
+           'vae_pixels', 'respaced', 'candidates', 'read_candidates', 'name_shares', 'prompted', 'inversion', 'scores',
+           'kept', 'further_real']
 
 # %% ../nbs/15b_loop.ipynb #cell-03
 import hashlib, inspect, json, os, shutil, tempfile, time, warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
@@ -153,25 +155,42 @@ def mini_world(num_train=1000, num_val=400, num_test=2000, seed=0, view=View(64)
     specs = dict(train=[draw_spec(1000 + seed, i) for i in range(num_train)], val=[draw_spec(1000 + seed, 10**6 + i) for i in range(num_val)], test=[draw_spec(999, i) for i in range(num_test)])
     return World({k: paint_split(s, view, workers) for k, s in specs.items()}, dict(scene=list(SCENES), object=list(OBJECTS)), MIKELS, specs)
 
+# %% ../nbs/15b_loop.ipynb #7e41d0a3
 @lru_cache(maxsize=1)                                                      # stages in a row ask for the same world
 def _painted(data, view, workers): return mini_world(**json.loads(data), view=view, workers=workers)
 
-def load_world(data, view=View(64), workers=1):
-    "The `World` of `data`: parameters of `mini_world`, or the path of a data set whose images fit into memory, split as by `three_splits`."
+class _Bytes(View):
+    "A picture as bytes, a quarter of the memory of numbers."
+    def __call__(self, pixels): return super().__call__(pixels).round().clamp(0, 255).byte()
+
+def load_world(data, view=View(64), workers=1, side=None):
+    "The `World` of `data`: parameters of `mini_world`, or the path of a data set whose images fit into memory, split as by `three_splits`. `side`: what its `images` have at least, in pixels (default: as `view`)."
     if isinstance(data, dict): return _painted(json.dumps(data, sort_keys=True), view, workers)
     splits = three_splits(data)
-    for d in splits.values(): d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); d.transform.views["images"] = View(view.size, (0., 0., 0.), (1 / 255,) * 3)
+    for d in splits.values(): d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); d.transform.views["images"] = _Bytes(max(view.size, side or 0), (0., 0., 0.), (1 / 255,) * 3)
     first = splits["train"]; names = dict(scene=first.scene_names, object=first.object_names)
-    tensors = {k: in_memory(d) for k, d in splits.items()}
-    for t in tensors.values(): t["images"] = t["images"].round().clamp(0, 255).byte()
-    return World(tensors, names, first.emotions)
+    return World({k: in_memory(d) for k, d in splits.items()}, names, first.emotions)
 
-# %% ../nbs/15b_loop.ipynb #cell-11
+# %% ../nbs/15b_loop.ipynb #7e41d0a4
 def _diffusion(name): return mini_folder("diffusion") if name == "mini" else name
 def _view(model): "How `model` reads images."; c = model.config; return View(c.image_size, tuple(c.image_mean), tuple(c.image_std))
 def _batches(tensors, size=100): "Batches of a split's tensors, in order, without the images as bytes."; return ({k: v[i:i + size] for k, v in tensors.items() if k != "images"} for i in range(0, len(tensors["label"]), size))
 def _source(name): return mini_folder("clip") if name == "mini" else name
 
+def image_side(diffusion):
+    "Side in pixels of what a diffusion model paints: of 'mini', a folder or a hub id, whose configuration alone is read, or of a loaded pipeline."
+    if not isinstance(diffusion, (str, Path)): unet, vae = diffusion.unet.config, diffusion.vae.config
+    else:
+        try: unet, vae = (c.load_config(_diffusion(diffusion), subfolder=n) for n, c in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)))
+        except (OSError, ValueError) as e: raise FileNotFoundError(f"diffusion: {str(diffusion)!r} is no Stable Diffusion pipeline that can be read; give 'mini', a folder with unet and vae, or a hub id ({e})") from None
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+def _same_emotions(world, model):
+    "Refuse data whose labels, which are positions, do not mean the classes of `model`."
+    own, there = list(model.config.class_names or world.emotions.names), list(world.emotions.names)
+    if own != there: raise ValueError(f"the data have the emotions {', '.join(there)}, the encoder has {', '.join(own)}: both are read by position, so train stage 1 on these data, or give the data in the encoder's order")
+
+# %% ../nbs/15b_loop.ipynb #cell-11
 def name_tensors(source, names, template="a photo of a {}"):
     "Features of the attribute names by the text tower of `source`: dict(scene=..., object=...), None where there are none."
     tower = TextTower.from_pretrained(_source(source), dtype=torch.float32)
@@ -204,10 +223,9 @@ def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, e
 def joint(folder, data, encoder, config, diffusion="mini", backbone="mini", space="bank", rank=8, mapper=None, smoothing=1., workers=1, run=None, progress=False):
     "Stage 2 from the stage-1 folder `encoder`: the table from the training annotations, joint training, the emotion space; the pipeline's own parts in `folder/pipeline`."
     config = JointConfig(**config); torch.manual_seed(config.seed); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model")
-    world = load_world(data, _view(model), workers)
+    world = load_world(data, _view(model), workers, config.vae_size); _same_emotions(world, model)
     pipe = load_diffusion(_diffusion(diffusion)); text = name_tensors(backbone, world.names, config.template)
-    train = {k: v for k, v in world["train"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["train"]["images"], pipe)))
-    val = {k: v for k, v in world["val"].items() if k != "images"} | dict(latents=cache_latents(pipe.vae, vae_pixels(world["val"]["images"], pipe)))
+    train, val = ({k: v for k, v in world[s].items() if k != "images"} | dict(latents=_latents(world[s]["images"], pipe, config)) for s in ("train", "val"))
     table = CorrelationTable.from_annotations(world.annotations("train"), smoothing, world.emotions, world.names["scene"], world.names["object"])
     retriever = Retriever(table, text["scene"], text["object"], config.retrieval, config.temperature)
     fuse = PseudoWordMapper(model.config.backbone_config.hidden_size, pipe.text_encoder.config.hidden_size, **(mapper or {}))
@@ -227,16 +245,21 @@ def _read(stage, tensors, batch_size=100):
     parts = [UnderstandingStage.predict(stage.eval(), b) for b in _batches(tensors, batch_size)]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
-def vae_pixels(images, pipe):
-    "uint8 images [n, 3, H, W] at the diffusion model's size, float in [-1, 1]."
-    size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1); x = images.float() / 127.5 - 1
+def vae_pixels(images, pipe, size=None):
+    "uint8 images [n, 3, H, W] at `size` pixels (default: what the diffusion model paints), float in [-1, 1]."
+    size = size or image_side(pipe); x = images.float() / 127.5 - 1
     return x if x.shape[-1] == size else torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+def _latents(images, pipe, config):
+    "Latents of uint8 images and of their mirror images, a part at a time: as numbers, and enlarged, all at once may not fit into memory."
+    if config.vae_size != (own := image_side(pipe)): warnings.warn(f"vae_size is {config.vae_size}, but this diffusion model paints {own} pixels: vae_size={own} trains on what it knows", stacklevel=3)
+    return torch.cat([cache_latents(pipe.vae, vae_pixels(x, pipe, config.vae_size)) for x in images.split(32)])
 
 # %% ../nbs/15b_loop.ipynb #2305c490
 def respaced(folder, data, pipeline, space, rank=8, workers=1):
     "The pipeline of the stage-2 folder `pipeline` with another emotion space, fitted to the same training images; nothing is trained again."
-    pipe = UniEmoPipeline.from_pretrained(Path(pipeline) / "pipeline"); train = load_world(data, _view(pipe.encoder), workers)["train"]
-    pipe.space = fit_space(_batches(train), pipe.encoder, emotions=pipe.emotions, kind=space, rank=rank); pipe.save_pretrained(Path(folder) / "pipeline", whole=False); _write(folder, space=space)
+    pipe = UniEmoPipeline.from_pretrained(Path(pipeline) / "pipeline"); world = load_world(data, _view(pipe.encoder), workers)
+    pipe.space = fit_space(_batches(world["train"]), pipe.encoder, emotions=world.emotions.names, kind=space, rank=rank); pipe.save_pretrained(Path(folder) / "pipeline", whole=False); _write(folder, space=space)
 
 # %% ../nbs/15b_loop.ipynb #cell-15
 def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>", num_inference_steps=20, guidance_scale=4., batch_size=16, progress=False, **settings):
@@ -281,8 +304,8 @@ def prompted(folder, data, true=False, num_per_emotion=40, seed=0, diffusion="mi
 
 def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16):
     "Candidates by one free word an emotion, learnt by `InversionStage` with the budget of a `JointConfig`."
-    config = JointConfig(**config); torch.manual_seed(config.seed); world = load_world(data); pipe = load_diffusion(_diffusion(diffusion))
-    sets = {k: dict(pixel_values=world[k]["pixel_values"], label=world[k]["label"], latents=cache_latents(pipe.vae, vae_pixels(world[k]["images"], pipe))) for k in ("train", "val")}
+    config = JointConfig(**config); torch.manual_seed(config.seed); world = load_world(data, side=config.vae_size); pipe = load_diffusion(_diffusion(diffusion))
+    sets = {k: dict(pixel_values=world[k]["pixel_values"], label=world[k]["label"], latents=_latents(world[k]["images"], pipe, config)) for k in ("train", "val")}
     stage = InversionStage(len(world.emotions), pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config)
     trainer = Trainer(stage, config, MemoryData(sets["train"], flip_together), sets["val"], folder=Path(folder) / "checkpoints", progress=False).fit(); trainer.load_best(); stage.eval()
     jobs = [dict(emotion=n, seed=seed * 10**6 + e * num_per_emotion + i, prompt=config.prompt, word=stage.words[e:e + 1].detach()) for e, n in enumerate(world.emotions.names) for i in range(num_per_emotion)]
@@ -321,7 +344,7 @@ def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="sh
     and the same images in EmoSet's format in `emoset`, with seed, emotion, attributes and scores of each. Where the data name no scenes and objects, the criterion "clear" is left out.
     `names`: attribute labels of the kept images, those the foundation model reads in the picture ("shown") or those it was made with ("retrieved")."""
     columns = label_columns(names); images, table = read_candidates(candidates); model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
-    view = _view(model); world = load_world(data, view, workers); labels = np.array([world.emotions.index(e) for e in table.emotion])
+    view = _view(model); world = load_world(data, view, workers); _same_emotions(world, model); labels = np.array([world.emotions.index(e) for e in table.emotion])
     clip, tokenizer = load_clip(None if backbone == "mini" else backbone); common = dict(clip=clip, tokenizer=tokenizer, classifier=model, view=view, scene_names=world.names["scene"] or (), object_names=world.names["object"] or ())
     named = bool(world.names["scene"] or world.names["object"]); skipped = [c for c in how if c == "clear" and not named]; how = [c for c in how if c not in skipped]; thresholds = None
     evidence = lambda *args, **kwargs: (lambda e: e if named else _unnamed(e))(gather_evidence(*args, **kwargs, **common))

@@ -86,7 +86,7 @@ class EmotionSpace:
     """Per emotion the distribution of the joint vector [c, s, o], each of width `hidden_size`. `kind`: 'diagonal', 'lowrank' with `rank` factors, or 'bank' of at most `bank_size` real triples an emotion
     with `jitter` in standard deviations. `parts`: which of class, scene, object there are (an encoder without queries has only the first); what is not there is None in `update` and `sample`."""
     def __init__(self, emotions, hidden_size, kind="lowrank", rank=8, bank_size=1000, jitter=.1, parts=PARTS):
-        if kind not in KINDS: raise ValueError(f"kind must be one of {_names(KINDS)}, not {kind!r}")
+        if kind not in KINDS: raise ValueError(f"the kind of a space is one of {_names(KINDS)}, not {kind!r}; the nearest is {difflib.get_close_matches(str(kind), KINDS, 1, 0)[0]!r}")
         if not (rank >= 0 and bank_size > 0 and jitter >= 0 and hidden_size > 0): raise ValueError(f"rank and jitter are 0 or more, bank_size and hidden_size 1 or more: {rank=}, {jitter=}, {bank_size=}, {hidden_size=}")
         if not parts or list(parts) != [p for p in PARTS if p in parts]: raise ValueError(f"parts are some of {_names(PARTS)}, in this order, not {parts}")
         self.emotions, self.hidden_size, self.kind, self.rank, self.bank_size, self.jitter, self.parts = tuple(emotions), hidden_size, kind, rank, bank_size, jitter, tuple(parts)
@@ -314,10 +314,17 @@ def _check_loader(loader):
         g = getattr(getattr(data, "transform", None), "geometry", None)
         if isinstance(g, RandomCrop) or getattr(g, "flip", 0) > 0: raise ValueError(f"the data set of this loader augments at random ({g}); an emotion space wants images as they are: transform=eval_transform(...)")
 
-def fit_space(loader, encode=None, emotions=MIKELS, kind="lowrank", progress=False, **settings):
+def _label_names(loader, encode, emotions):
+    "What the labels of `loader` are called: `emotions`, else as the data set says, else the encoder. Labels are positions, so other names than the data set's are refused."
+    own = next((list(d.emotions) for d in _datasets(loader) if hasattr(d, "emotions")), None)
+    if emotions is None: return own or getattr(getattr(encode, "config", None), "class_names", None) or MIKELS
+    if own and list(emotions) != own: raise ValueError(f"emotions are {_names(emotions)}, but the labels of this data set are in the order {_names(own)}: leave emotions out, or give them in this order")
+    return emotions
+
+def fit_space(loader, encode=None, emotions=None, kind="lowrank", progress=False, **settings):
     """An `EmotionSpace` from one pass over `loader`: batches (c, s, o, labels); or, with `encode`, dicts with `label`, which `encode` turns into (c, s, o).
-    `encode` may be an `ExpertQueryModel`, which then reads `pixel_values` on its own device. `settings` such as rank to the space; with torch.distributed each process reads its part, then `.gather()`."""
-    _check_loader(loader); space, model = None, encode if isinstance(encode, nn.Module) else None
+    `encode` may be an `ExpertQueryModel`, which then reads `pixel_values` on its own device. `emotions` names the labels (default: as the data set does, else the encoder, else Mikels'). `settings` such as rank to the space; with torch.distributed each process reads its part, then `.gather()`."""
+    _check_loader(loader); emotions = _label_names(loader, encode, emotions); space, model = None, encode if isinstance(encode, nn.Module) else None
     if model is not None:
         was, p = model.training, next(model.parameters()); model.eval()
         def encode(batch): out = model(batch["pixel_values"].to(p.device, p.dtype)); return out.class_features, out.scene_features, out.object_features

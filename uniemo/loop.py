@@ -71,7 +71,6 @@ def contents(path, skip=()):
     for f in files: row(f, lambda: os.stat(f))
     return f"{root}#{hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()}"
 
-
 # %% ../nbs/15b_loop.ipynb #cell-06
 class Store:
     "A folder of finished stages. `code`: part of every key; None takes the package's own hash. A stage has a lock: a second process that wants it waits, and takes what the first one made."
@@ -110,7 +109,6 @@ class Store:
         part = folder / "done.tmp"; part.write_text(json.dumps(dict(stage=stage.__name__, seconds=round(seconds, 1), code=self.code, version=uniemo.__version__))); os.replace(part, done)
         self.log(f"{stage.__name__}: {seconds:.0f} s")
 
-
 # %% ../nbs/15b_loop.ipynb #stage-files
 def settings_of(config): "A configuration as a dict that JSON can hold."; return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 def metrics_of(folder): "What a stage measured."; return json.loads((Path(folder) / "metrics.json").read_text())
@@ -130,7 +128,6 @@ def three_splits(data, seed=0):
         if not len(out): raise ValueError(f"{root}: {len(train)} images are too few to take a split {name!r} from: an emotion gives one if it has three; add images, or splits of your own")
         own["train"] = train.subset(rest)
     return {k: own[k] for k in ("train", "val", "test")}
-
 
 # %% ../nbs/15b_loop.ipynb #cell-08
 class World:
@@ -319,7 +316,7 @@ def scores(folder, data, candidates, real="test", as_released=False):
     out = evaluate_generation(images, list(table.emotion), world[real]["images"].permute(0, 2, 3, 1).numpy(), prompts=prompts, emotion_set=world.emotions, as_released=as_released, **mini_networks())
     out.to_csv(Path(folder) / "scores.csv"); _write(folder, **out.value.to_dict())
 
-# %% ../nbs/15b_loop.ipynb #cell-21
+# %% ../nbs/15b_loop.ipynb #kept-files
 def _save_kept(folder, table, images, **labels):
     "`kept.npz`: images and what is to be learnt of them (`label`, index of the `scene`, `objects` as multi-hot rows); `kept.csv`: their table."
     np.savez_compressed(Path(folder) / "kept.npz", images=images, **labels); table.to_csv(Path(folder) / "kept.csv", index=False)
@@ -339,6 +336,7 @@ def _unnamed(evidence):
     "Data without names have no clear and no unclear images: cosines of zero stand in, and no criterion looks at them."
     evidence.similarities, evidence.attributes = torch.zeros(len(evidence), 1), [("", "")]; return evidence
 
+# %% ../nbs/15b_loop.ipynb #cell-21
 def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="shown", backbone="mini", workers=1, **settings):
     """What the filter keeps of the folder `candidates`, judged by the encoder of the stage-1 folder `encoder`: `table.csv` (every candidate), `kept.csv`, `kept.npz` (images and labels),
     and the same images in EmoSet's format in `emoset`, with seed, emotion, attributes and scores of each. Where the data name no scenes and objects, the criterion "clear" is left out.
@@ -364,8 +362,6 @@ def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="sh
     _save_kept(folder, mine, images[keep], **learnt); _as_emoset(folder, found, images, world, thresholds, names)
     _write(folder, candidates=len(found), kept=int(keep.sum()), kept_per_emotion=mine.emotion.value_counts().to_dict(), reasons=found.reason.fillna("").value_counts().to_dict(), **(dict(skipped=skipped) if skipped else {}))
 
-
-
 # %% ../nbs/15b_loop.ipynb #kept-tensors
 def _kept_tensors(folder, view, world=None):
     "Training tensors of a kept set: the folder of `kept` or `further_real`, or a data set in EmoSet's format."
@@ -385,7 +381,6 @@ def _renumbered(folder, view, world):
     if world.names["scene"]: out["scene"] = number("scene", d.scene_names, world.names["scene"], t["scene"])
     if world.names["object"]: out["objects"] = torch.zeros(len(d), len(world.names["object"])); out["objects"][:, number("object", d.object_names, world.names["object"], objects)] = t["objects"][:, objects]
     return out
-
 
 # %% ../nbs/15b_loop.ipynb #cell-23
 def further_real(folder, num_images, seed=0):

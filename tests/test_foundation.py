@@ -97,3 +97,8 @@ def test_shipped_pipeline_is_the_trained_sampler(monkeypatch):
     images = pipe(prompts, num_inference_steps=25, guidance_scale=4., generator=generators, output_type="pt").images
     s, o = f.retrieve_names(clip, tokenizer, images * 2 - 1)
     assert (s == scene).mean() > .5 and (o == obj).mean() > .3  # far above 1/16 and 1/24: scheduler, scale and conditioning fit; the score itself is the experiment's
+
+def test_what_ships_names_no_place_on_the_machine_that_made_it():
+    import re
+    texts = [p for p in f.mini_folder().parent.rglob("*") if p.suffix in (".json", ".csv", ".txt", ".md")]; assert len(texts) > 10
+    assert [p.name for p in texts if re.search(r'"(/\w|[A-Z]:\\)[^"]*"', p.read_text(encoding="utf-8"))] == []

@@ -221,7 +221,7 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
     assert not list((tmp_path / "runs").glob("*/stages"))
 
 def test_splits_are_made_where_there_are_none(tmp_path):
-    from uniemo.loop import three_splits
+    from uniemo.data import three_splits
     table = photographs(tmp_path, 10); a, b = three_splits(table), three_splits(table); sizes = {k: len(d) for k, d in a.items()}
     assert sizes == dict(train=14, val=2, test=4) and all(list(a[k].columns["path"]) == list(b[k].columns["path"]) for k in a) and len({p for d in a.values() for p in d.columns["path"]}) == 20
     pd.read_csv(table).assign(split=["val", "train"] * 10).to_csv(table, index=False); own = three_splits(table); assert len(own["val"]) == 10 and len(own["train"]) + len(own["test"]) == 10

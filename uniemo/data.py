@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'SUFFIXES', 'DataError', 'to_rgb', 'read_image', 'RandomCrop', 'CentreCrop', 'View', 'Transform',
            'train_transform', 'eval_transform', 'joint_transform', 'fold', 'leaves_root', 'EmotionData', 'EmoSet',
-           'EmotionFolder', 'EmotionTable', 'load_data', 'check', 'EpochSampler', 'make_loader']
+           'EmotionFolder', 'EmotionTable', 'load_data', 'check', 'three_splits', 'EpochSampler', 'make_loader']
 
 # %% ../nbs/01_data.ipynb #cell-03
 import collections, copy, hashlib, io, json, math, operator, os, warnings
@@ -555,6 +555,21 @@ def _summary(root, rows, counts, verbose):
         print(f"{root}: {sum(counts.values()):,} entries ({', '.join(f'{k} {v:,}' for k, v in counts.items())}), " + (f"{len(rows)} problems" if rows else "all is well"))
         for kind, part in table.groupby(kinds, sort=False): print(f"  {len(part):>6,}  {kind}: {', '.join(part['path'][:3])}{', ...' if len(part) > 3 else ''}")
     return table
+
+# %% ../nbs/01_data.ipynb #three-splits
+def three_splits(data, seed=0, least=1, **kwargs):
+    """dict train, val, test of the data set `data`: its own splits; what is missing is taken by chance from the training images, 15 (test) and 10 (val) in a hundred of each emotion,
+    at least `least` of three or more. `kwargs`, such as `on_error`, to `load_data`."""
+    root = Path(data)
+    own = {"train" if s is None else "val" if s in ("valid", "validation") else s: load_data(root, s, **kwargs) for s in _layout(root).splits(root)}; rng = np.random.default_rng(seed)
+    if "train" not in own: raise ValueError(f"{root}: no split 'train', only {', '.join(own) or 'nothing'}; name the training images 'train', or leave splits out and they are made by chance")
+    for name, share in (("test", .15), ("val", .1)):
+        if name in own: continue
+        train = own["train"]; groups = [rng.permutation(np.flatnonzero(train.labels == k)) for k in range(len(train.emotions))]
+        out = np.sort(np.concatenate([g[:max(round(share * len(g)), least * (len(g) > 2))] for g in groups])); own[name], rest = train.subset(out), np.setdiff1d(np.arange(len(train)), out)
+        if not len(out): raise ValueError(f"{root}: {len(train)} images are too few to take a split {name!r} from: an emotion gives one if it has three; add images, or splits of your own")
+        own["train"] = train.subset(rest)
+    return {k: own[k] for k in ("train", "val", "test")}
 
 # %% ../nbs/01_data.ipynb #cell-54
 class EpochSampler(Sampler):

@@ -32,11 +32,11 @@ def split_prompt(prompt, placeholder="<emotion>", known=None, tokenizer=None):
 # %% ../nbs/09_conditioning.ipynb #cell-13
 def max_tokens(text_encoder, tokenizer): "How many tokens the encoder reads, start and end included."; return min(tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length))
 
-def _ids(parts, tokenizer, length):
-    "Token ids, at most `length`, and name -> positions of its placeholders. A placeholder's own id is read by nobody: its row is replaced."
+def _ids(parts, tokenizer, length, sizes):
+    "Token ids, at most `length`, and name -> positions of its placeholders, `sizes[name]` tokens each (default 1). A placeholder's own ids are read by nobody: their rows are replaced."
     ids, places = [tokenizer.bos_token_id], {}
     for i, part in enumerate(parts):
-        if i % 2: places.setdefault(part, []).append(len(ids)); ids.append(0)
+        if i % 2: k = sizes.get(part, 1); places.setdefault(part, []).extend(range(len(ids), len(ids) + k)); ids += [0] * k
         elif part.strip(): ids += tokenizer(part, add_special_tokens=False, verbose=False).input_ids
     if len(ids) >= length:                                                # the last place belongs to the end token
         prompt = "".join(parts); cut = [p for p, at in places.items() if max(at) >= length - 1]
@@ -44,10 +44,11 @@ def _ids(parts, tokenizer, length):
     return ids + [tokenizer.eos_token_id], places
 
 def tokenize_prompts(prompts, text_encoder, tokenizer, placeholder="<emotion>", known=None):
-    "Ids and attention mask, long [B, tokens] each, of a list of prompts, and placeholder -> (rows, columns), long [k] each. Nothing is cut: what does not fit is refused."
-    length, ids, places = max_tokens(text_encoder, tokenizer), [], {}; pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """Ids and attention mask, long [B, tokens] each, of a list of prompts, and placeholder -> (rows, columns), long [k] each. `known`: placeholders, or a dict placeholder -> number of tokens it takes.
+    Nothing is cut: what does not fit is refused."""
+    length, ids, places, sizes = max_tokens(text_encoder, tokenizer), [], {}, known if isinstance(known, Mapping) else {}; pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for b, prompt in enumerate(prompts):
-        row, found = _ids(split_prompt(prompt, placeholder, known, tokenizer), tokenizer, length); ids.append(row)
+        row, found = _ids(split_prompt(prompt, placeholder, known, tokenizer), tokenizer, length, sizes); ids.append(row)
         if known and not found: raise ValueError(f"no placeholder in {prompt!r}: put {' or '.join(known)} where the word belongs")
         for name, at in found.items():
             for k, v in zip(places.setdefault(name, ([], [])), ([b] * len(at), at)): k.extend(v)
@@ -68,14 +69,14 @@ def replaced_rows(embedding, rows, columns, values):
 
 # %% ../nbs/09_conditioning.ipynb #cell-21
 def _words(words, size, placeholder, width):
-    "Words as placeholder -> [B, d], and B; `size`: number of prompts (None: one prompt for all words)."
+    "Words as placeholder -> [B, k, d], and B; `size`: number of prompts (None: one prompt for all words)."
     words = dict(words) if isinstance(words, Mapping) else {placeholder: words}
     for name, w in words.items():
         if not _pattern(placeholder).fullmatch(name): raise ValueError(f"unknown placeholder {name!r} among the words; a placeholder is {placeholder} or {placeholder[:-1]}:name>")
-        if w.ndim != 2 or w.shape[1] != width: raise ValueError(f"words of {name} must be [B, {width}], as wide as the text encoder's token embedding, not {list(w.shape)}")
+        if w.ndim not in (2, 3) or w.shape[-1] != width: raise ValueError(f"words of {name} must be [B, {width}] (or [B, k, {width}], k tokens each), as wide as the text encoder's token embedding, not {list(w.shape)}")
     sizes = {len(w) for w in words.values()}; total = max(sizes, default=1) if size is None else size
     if sizes - {1, total}: raise ValueError(f"{total} prompts need {total} words each (or 1 for all), not {', '.join(f'{len(w)} of {n}' for n, w in words.items())}")
-    return {n: w.expand(total, -1) for n, w in words.items()}, total
+    return {n: (w[:, None] if w.ndim == 2 else w).expand(total, -1, -1) for n, w in words.items()}, total
 
 def compute_device(module):
     "Where `module` computes. The weights of an offloaded one may lie elsewhere, or on no device at all; accelerate's hooks know."
@@ -85,16 +86,17 @@ def compute_device(module):
 
 def encode_prompts(text_encoder, tokenizer, prompts, words=None, placeholder="<emotion>"):
     """Text states [B, tokens, d] of `prompts` (one, or a list of B) with `words` at their placeholders: a tensor [B, d_token] for `<emotion>`, or a dict such as
-    {"<emotion:awe>": [B or 1, d_token], ...}. Without words: what the plain text encoder gives. Differentiable in the words."""
+    {"<emotion:awe>": [B or 1, d_token], ...}; [B, k, d_token] are k tokens in a row. Without words: what the plain text encoder gives. Differentiable in the words."""
     embedding, single = text_encoder.get_input_embeddings(), isinstance(prompts, str)
     words, size = ({}, 1 if single else len(prompts)) if words is None else _words(words, None if single else len(prompts), placeholder, embedding.weight.shape[1])
     prompts = [prompts] * size if single else list(prompts)
-    ids, mask, places = tokenize_prompts(prompts, text_encoder, tokenizer, placeholder, list(words))
+    ids, mask, places = tokenize_prompts(prompts, text_encoder, tokenizer, placeholder, {n: w.shape[1] for n, w in words.items()})
     unused = [n for n in words if n not in places]
     if unused: raise ValueError(f"no placeholder {unused[0]} in the prompts, but a word for it: {prompts[0]!r}")
     device = compute_device(text_encoder)
     mask = mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None          # Stable Diffusion's encoders read the padding
     if not words: return text_encoder(ids.to(device), attention_mask=mask)[0]
     rows, columns = (torch.cat([places[n][i] for n in words]) for i in (0, 1))
-    values = torch.cat([words[n][places[n][0].to(words[n].device)] for n in words])
+    each = lambda w, at: w[at.to(w.device), torch.arange(len(at), device=w.device) % w.shape[1]]           # the tokens of a placeholder follow each other
+    values = torch.cat([each(w, places[n][0]) for n, w in words.items()])
     with replaced_rows(embedding, rows, columns, values): return text_encoder(ids.to(device), attention_mask=mask)[0]

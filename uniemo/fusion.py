@@ -15,9 +15,10 @@ from torch import nn
 def _mlp(width, out): return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 class PseudoWordMapper(ModelMixin, ConfigMixin):
-    "Features c, s, o [B, hidden_size] and coefficients [B] -> pseudo-words [B, token_size]. `use_scene`, `use_object`: whether these parts are there; `use_alpha=False`: every coefficient counts as 1."
+    """Features c, s, o [B, hidden_size] and coefficients [B] -> pseudo-words [B, token_size]. `use_scene`, `use_object`: whether these parts are there; `use_alpha=False`: every coefficient counts as 1;
+    `separate` (ours): the parts are not added but stay words of their own, [B, k, token_size] in the order class, scene, object."""
     @register_to_config
-    def __init__(self, hidden_size, token_size, use_scene=True, use_object=True, use_alpha=True):
+    def __init__(self, hidden_size, token_size, use_scene=True, use_object=True, use_alpha=True, separate=False):
         super().__init__()
         self.mapper = _mlp(hidden_size, token_size)
         self.mapper_scene = _mlp(hidden_size, token_size) if use_scene else None
@@ -48,5 +49,6 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         return x
 
     def forward(self, c, s=None, o=None, alpha_scene=None, alpha_object=None):
-        "Pseudo-words w [B, token_size]. A coefficient of None counts as 1; features of a part that is not there are not read."
-        return sum(self.parts(c, s, o, alpha_scene, alpha_object).values())
+        "Pseudo-words w [B, token_size], or [B, k, token_size] if `separate`. A coefficient of None counts as 1; features of a part that is not there are not read."
+        parts = list(self.parts(c, s, o, alpha_scene, alpha_object).values())
+        return torch.stack(parts, 1) if self.config.separate else sum(parts)

@@ -77,7 +77,7 @@ def flip_together(batch):
 
 # %% ../nbs/12d_joint.ipynb #cell-12
 def pseudo_words(encoder, mapper, retriever, c, s, o, emotion):
-    "Pseudo-words w [B, d_token] of features [B, d] for `emotion` (labels [B], or weights [B, E] of a mixture), and what the `retriever` found."
+    "Pseudo-words w [B, d_token] ([B, k, d_token] of a `separate` mapper) of features [B, d] for `emotion` (labels [B], or weights [B, E] of a mixture), and what the `retriever` found."
     mapped, ask = retriever.config.retrieval == "mapped", {}
     for kind, x in (("scene", s), ("object", o)):
         network = getattr(mapper, f"mapper_{kind}") if mapped else getattr(encoder, f"{kind}_projection")
@@ -201,20 +201,25 @@ def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0)
     own = [k for k in ("scene", "object") if getattr(stage.mapper, f"mapper_{k}") is not None] or ["scene", "object"]        # a part that is left out has no say here either
     names = {k: [fold(n) for n in names[k]] for k in own if names.get(k)}; stage.to(next(stage.model.parameters()).device); *features, scene, objects = _annotated(stage, batches, names); n, mapper, encoder = len(scene), stage.mapper.train(), stage.text_encoder
     if not n: raise ValueError("no image has a scene or object name, so there is nothing to start from: set warm_start=0")
-    target = torch.zeros(n, mapper.config.token_size, device=scene.device); embeddings = lambda kind: name_embeddings(encoder, stage.tokenizer, names[kind])
-    if "scene" in names: target += embeddings("scene")[scene.clamp(min=0)] * (scene >= 0)[:, None]
-    if "object" in names: target += objects.float() @ embeddings("object") / objects.sum(1, keepdim=True).clamp(min=1)
+    named, embeddings = {}, lambda kind: name_embeddings(encoder, stage.tokenizer, names[kind])           # of each kind: the mean of its names' embeddings, 0 where there is none
+    if "scene" in names: named["scene"] = embeddings("scene")[scene.clamp(min=0)] * (scene >= 0)[:, None]
+    if "object" in names: named["object"] = objects.float() @ embeddings("object") / objects.sum(1, keepdim=True).clamp(min=1)
+    target, separate = sum(named.values()), mapper.config.separate and any(getattr(mapper, f"mapper_{k}") is not None for k in named)
     with torch.no_grad():
         for network, x in zip((mapper.mapper, mapper.mapper_scene, mapper.mapper_object), features):
             if network is None: continue
             first, last = network[0], network[2]; first.weight /= x.std(0, correction=0) + 1e-6; first.bias -= first.weight @ x.mean(0)
-            for p in (last.weight, last.bias): p *= target.std() / 3                        # three summands of unit variance become one of the target's
+            for p in (last.weight, last.bias): p *= target.std() / (1 if separate else 3)   # three summands of unit variance become one of the target's
     said = [_caption(encoder, stage.tokenizer, names["scene"][s] if s >= 0 else None, [names["object"][k] for k in o.nonzero().flatten().tolist()]) for s, o in zip(scene.tolist(), objects)]
     words = lambda i: mapper(*(x[i] for x in features)); generator = torch.Generator().manual_seed(seed)
+    def to_names(i):
+        parts = mapper.parts(*(x[i] for x in features))
+        if not separate: return (sum(parts.values()) - target[i]).square().sum(1).mean()
+        return sum(((parts[k] - v[i]).square().sum(1) * v[i].any(1)).mean() for k, v in named.items())     # the class has no name: its word is left to the captions
     def to_states(i):
         with torch.no_grad(): wanted = encode_prompts(encoder, stage.tokenizer, [said[k] for k in i.tolist()])
         return (encode_prompts(encoder, stage.tokenizer, stage.config.prompt, words(i)) - wanted).square().sum(-1).mean()
-    parts = (lambda i: (words(i) - target[i]).square().sum(1).mean(), steps, lr), (to_states, steps // 2, lr / 2)
+    parts = (to_names, steps, lr), (to_states, steps // 2, lr / 2)
     return tuple(_descend(mapper, loss, count, rate, n, batch_size, generator) for loss, count, rate in parts)
 
 def _caption(encoder, tokenizer, scene, objects):
@@ -235,15 +240,15 @@ def _descend(mapper, loss, steps, lr, n, batch_size, generator):
 
 # %% ../nbs/12d_joint.ipynb #cell-20
 class InversionStage(Stage):
-    "Learns `words` [E, d_token], one for each emotion, by L_diff alone, with `config.lr_mappers`. `start`: a text whose token embedding they begin with."
+    "Learns `words` [E, d_token], one for each emotion, by L_diff alone, with `config.lr_mappers`. `start`: a text whose token embedding they begin with; `num_vectors` above 1: as many tokens a word, [E, num_vectors, d_token]."
     metric, greater_is_better = "loss_diff", False
 
-    def __init__(self, num_emotions, unet, text_encoder, tokenizer, scheduler, config, start="photo"):
+    def __init__(self, num_emotions, unet, text_encoder, tokenizer, scheduler, config, start="photo", num_vectors=1):
         super().__init__()
         self.config, self.tokenizer, self.scheduler, self.vae = config, tokenizer, DDPMScheduler.from_config(scheduler.config), None
         self.unet, self.text_encoder = (m.requires_grad_(False) for m in (unet, text_encoder))
         first = text_encoder.get_input_embeddings().weight[tokenizer(start, add_special_tokens=False).input_ids[0]].detach()
-        self.words = nn.Parameter(first.repeat(num_emotions, 1))
+        self.words = nn.Parameter(first.repeat(num_emotions, 1) if num_vectors == 1 else first.repeat(num_emotions, num_vectors, 1))
 
     denoise, latents, diffusion = JointStage.denoise, JointStage.latents, JointStage.diffusion
     def parameter_groups(self): return {"words": ({"words": self.words}, self.config.lr_mappers, 0.)}

@@ -284,11 +284,11 @@ def prompted(folder, data, true=False, num_per_emotion=40, seed=0, diffusion="mi
             jobs.append(dict(emotion=emotion, seed=seed * 10**6 + e * num_per_emotion + i, prompt=caption(fold(names["scene"]), [fold(names["object"])]), **names))
     _paint(folder, load_diffusion(_diffusion(diffusion)), jobs, num_inference_steps, guidance_scale, batch_size)
 
-def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16):
-    "Candidates by one free word an emotion, learnt by `InversionStage` with the budget of a `JointConfig`."
+def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16, num_vectors=1):
+    "Candidates by one free word an emotion, of `num_vectors` tokens, learnt by `InversionStage` with the budget of a `JointConfig`."
     config = JointConfig(**config); torch.manual_seed(config.seed); world = load_world(data, side=config.vae_size); pipe = load_diffusion(_diffusion(diffusion))
     sets = {k: dict(pixel_values=world[k]["pixel_values"], label=world[k]["label"], latents=_latents(world[k]["images"], pipe, config)) for k in ("train", "val")}
-    stage = InversionStage(len(world.emotions), pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config)
+    stage = InversionStage(len(world.emotions), pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config, num_vectors=num_vectors)
     trainer = Trainer(stage, config, MemoryData(sets["train"], flip_together), sets["val"], folder=Path(folder) / "checkpoints", progress=False).fit(); trainer.load_best(); stage.eval()
     jobs = [dict(emotion=n, seed=seed * 10**6 + e * num_per_emotion + i, prompt=config.prompt, word=stage.words[e:e + 1].detach()) for e, n in enumerate(world.emotions.names) for i in range(num_per_emotion)]
     _history(folder, trainer); _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size)

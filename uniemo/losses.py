@@ -64,8 +64,8 @@ def understanding_loss(model, output, target, scene=None, object=None, targets="
 
 # %% ../nbs/06_losses.ipynb #cell-25
 def word_logits(head, w, bridge=None):
-    "W_2 w: pseudo-words [B, d_token] through the emotion head's last layer; `bridge` maps to the head's width where d_token differs."
-    width = head.out.in_features
+    "W_2 w: pseudo-words [B, d_token], or the sum of separate ones [B, k, d_token], through the emotion head's last layer; `bridge` maps to the head's width where d_token differs."
+    width, w = head.out.in_features, w.sum(1) if w.ndim == 3 else w
     w = w if bridge is None else bridge(w)
     if w.shape[-1] != width: raise ValueError(f"the emotion head's last layer reads width {width}, the pseudo-word has {w.shape[-1]}; put a linear map between (`bridge`) or set head_width={w.shape[-1]}")
     return head.out(w)

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 
 from uniemo.data import EmoSet, View, check
 from uniemo.joint import JointConfig, flip_together
-from uniemo.loop import Store, candidates, joint, kept, metrics_of, read_candidates, respaced, settings_of, understanding
+from uniemo.loop import Store, candidates, inversion, joint, kept, metrics_of, prompted, read_candidates, respaced, settings_of, understanding
 from uniemo.mini import write_emoset
 from uniemo.runs import RunFailed, start
 from uniemo.training import MemoryData, Trainer
@@ -233,6 +233,13 @@ def test_the_filter_does_without_names(store, trained, tmp_path):
     names = pd.DataFrame(dict(emotion=["awe", "fear"] * 2, seed=range(4))); names.to_csv(made / "table.csv", index=False); np.savez(made / "images.npz", images=np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8))
     found = store(kept, data=str(table), encoder=trained[0], candidates=made); assert metrics_of(found)["skipped"] == ["clear"] and metrics_of(found)["candidates"] == 4
 
+def test_baselines_leave_out_emotions_without_photographs(tmp_path):
+    table = photographs(tmp_path); t = pd.read_csv(table); t.loc[t.emotion == "awe", "objects"] = None; t.loc[t.objects.notna(), "objects"] = "cat"; t.to_csv(table, index=False); few = dict(num_per_emotion=2, num_inference_steps=1)
+    made, learnt = tmp_path / "made", tmp_path / "learnt"; made.mkdir(); learnt.mkdir(); prompted(made, str(table), **few)
+    inversion(learnt, str(table), settings_of(JointConfig.preset("mini", steps=2, batch_size=4, eval_every=2)), num_vectors=2, **few)
+    for folder in (made, learnt): images, rows = read_candidates(folder); assert len(images) == 4 and set(rows.emotion) == {"awe", "fear"} and len(metrics_of(folder)["left_out"]) == 6
+    rows = read_candidates(made)[1]; assert rows.object.isna().tolist() == [True, True, False, False] and rows.prompt[0] in ("a photo of a sky", "a photo of a room") and "cat in a" in rows.prompt[3]
+
 def test_a_caption_that_is_too_long_drops_objects():
     from uniemo.foundation import load_diffusion
     from uniemo.joint import _caption
@@ -241,8 +248,8 @@ def test_a_caption_that_is_too_long_drops_objects():
     with pytest.raises(ValueError, match="warm_start=0"): say(None, ["antidisestablishmentarianism"])
 
 def test_evaluate(tmp_path):
-    params = dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"], num_train=32, num_test=40, num_per_emotion=2); run = start("evaluate", params, tmp_path, progress=False)
-    table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == {"prompts, estimated table", "textual inversion", "UniEmo", "space diagonal"} and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
+    params = dict(TINY, seeds=[0], implicit_seeds=[0], variants=["prompts, estimated table", "textual inversion, three tokens", "separate words", "UniEmo", "space diagonal"], num_train=32, num_test=40, num_per_emotion=2); run = start("evaluate", params, tmp_path, progress=False)
+    table = pd.read_csv(run.dir / "scores.csv"); assert set(table.variant) == set(params["variants"]) and {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
     assert {"emo_a_UniEmo", "accuracy_stage_1_continued", "accuracy_joint_training"} <= set(run.summary())
     again = start("evaluate", dict(params, previous=str(run.dir)), tmp_path, progress=False); assert again.summary() == run.summary() and not (again.dir / "stages").exists()      # all rows are taken over
 

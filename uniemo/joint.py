@@ -109,7 +109,7 @@ class JointStage(UnderstandingStage):
         return {**{k: g for k, g in super().parameter_groups().items() if g[0]}, "mappers": (own, self.config.lr_mappers, self.config.wd_mappers)}
 
     def words(self, out, emotion):
-        "Pseudo-words [B, d_token] of an encoder's output for `emotion` (labels [B] or weights [B, E]), and what was retrieved."
+        "Pseudo-words [B, d_token] or [B, k, d_token] of an encoder's output for `emotion` (labels [B] or weights [B, E]), and what was retrieved."
         return pseudo_words(self.model, self.mapper, self.retriever, out.class_features, out.scene_features, out.object_features, emotion)
 
     def prompt_embeds(self, words):

@@ -259,30 +259,33 @@ def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>",
 def read_candidates(folder): "Images uint8 [n, H, W, 3] and their table."; return np.load(Path(folder) / "images.npz")["images"], pd.read_csv(Path(folder) / "table.csv")
 
 # %% ../nbs/15b_loop.ipynb #cell-17
-def _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size):
-    "Images of `jobs`: rows (emotion, seed, prompt, word or None, scene, object)."
+def _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size, left_out=()):
+    "Images of `jobs`: rows (emotion, seed, prompt, word or None, scene, object). `left_out`: emotions of which the training images tell nothing."
+    if not jobs: raise ValueError(f"nothing to paint: the training images tell nothing of {', '.join(left_out)}")
     pipe.set_progress_bar_config(disable=True); images = []
     for k in range(0, len(jobs), batch_size):
         part = jobs[k:k + batch_size]; generators = [torch.Generator().manual_seed(j["seed"]) for j in part]
         embeds = torch.cat([encode_prompts(pipe.text_encoder, pipe.tokenizer, j["prompt"], j.get("word")) for j in part]).detach(); empty = encode_prompts(pipe.text_encoder, pipe.tokenizer, "").detach().expand(len(part), -1, -1)
         images += [np.asarray(i) for i in pipe(prompt_embeds=embeds, negative_prompt_embeds=empty, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, generator=generators).images]
     np.savez_compressed(Path(folder) / "images.npz", images=np.stack(images)); table = pd.DataFrame([{k: v for k, v in j.items() if k != "word"} for j in jobs])
-    table.to_csv(Path(folder) / "table.csv", index=False); _write(folder, images=len(images))
+    table.to_csv(Path(folder) / "table.csv", index=False); _write(folder, images=len(images), **(dict(left_out=list(left_out)) if left_out else {}))
 
 def name_shares(world, kind, true=False):
-    "P(name | emotion) [names, E]: counted in the training annotations, or the mini world's own."
+    "P(name | emotion) [names, E]: counted in the training annotations, or the mini world's own. NaN for an emotion of which no image names any."
     if true: return true_table(kind).to_numpy()
     notes = world.annotations("train").explode("object"); t = pd.crosstab(notes[kind], notes.emotion).reindex(index=world.names[kind], columns=list(world.emotions.names), fill_value=0).to_numpy(float)
-    return t / t.sum(0)
+    return np.divide(t, t.sum(0), out=np.full_like(t, np.nan), where=t.sum(0) > 0)
 
 def prompted(folder, data, true=False, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16):
-    "Candidates by prompts 'a photo of a {object} in a {scene}' with names drawn from `name_shares`."
-    world = load_world(data); rng = np.random.default_rng([77, seed]); shares = {k: name_shares(world, k, true) for k in ("scene", "object")}; jobs = []
+    "Candidates by prompts 'a photo of a {object} in a {scene}' with names drawn from `name_shares`; of an emotion whose images name one kind only, that one; of none, nothing (`left_out` in the metrics)."
+    world = load_world(data); rng = np.random.default_rng([77, seed]); shares = {k: name_shares(world, k, true) for k in ("scene", "object") if world.names[k]}; jobs, left_out = [], []
     for e, emotion in enumerate(world.emotions.names):
+        known = {k: p[:, e] for k, p in shares.items() if np.isfinite(p[:, e]).all()}
+        if not known: left_out.append(emotion); continue
         for i in range(num_per_emotion):
-            names = {k: world.names[k][rng.choice(len(p), p=p[:, e])] for k, p in shares.items()}
-            jobs.append(dict(emotion=emotion, seed=seed * 10**6 + e * num_per_emotion + i, prompt=caption(fold(names["scene"]), [fold(names["object"])]), **names))
-    _paint(folder, load_diffusion(_diffusion(diffusion)), jobs, num_inference_steps, guidance_scale, batch_size)
+            names = {k: world.names[k][rng.choice(len(p), p=p)] for k, p in known.items()}; said = {k: fold(n) for k, n in names.items()}
+            jobs.append(dict(emotion=emotion, seed=seed * 10**6 + e * num_per_emotion + i, prompt=caption(said.get("scene"), [said["object"]] if "object" in said else []), **names))
+    _paint(folder, load_diffusion(_diffusion(diffusion)), jobs, num_inference_steps, guidance_scale, batch_size, left_out)
 
 def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16, num_vectors=1):
     "Candidates by one free word an emotion, of `num_vectors` tokens, learnt by `InversionStage` with the budget of a `JointConfig`."
@@ -290,8 +293,9 @@ def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini"
     sets = {k: dict(pixel_values=world[k]["pixel_values"], label=world[k]["label"], latents=_latents(world[k]["images"], pipe, config)) for k in ("train", "val")}
     stage = InversionStage(len(world.emotions), pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, config, num_vectors=num_vectors)
     trainer = Trainer(stage, config, MemoryData(sets["train"], flip_together), sets["val"], folder=Path(folder) / "checkpoints", progress=False).fit(); trainer.load_best(); stage.eval()
-    jobs = [dict(emotion=n, seed=seed * 10**6 + e * num_per_emotion + i, prompt=config.prompt, word=stage.words[e:e + 1].detach()) for e, n in enumerate(world.emotions.names) for i in range(num_per_emotion)]
-    _history(folder, trainer); _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size)
+    there = set(sets["train"]["label"].tolist()); left_out = [n for e, n in enumerate(world.emotions.names) if e not in there]          # nothing was learnt of these
+    jobs = [dict(emotion=n, seed=seed * 10**6 + e * num_per_emotion + i, prompt=config.prompt, word=stage.words[e:e + 1].detach()) for e, n in enumerate(world.emotions.names) if e in there for i in range(num_per_emotion)]
+    _history(folder, trainer); _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size, left_out)
 
 # %% ../nbs/15b_loop.ipynb #cell-19
 def scores(folder, data, candidates, real="test", as_released=False):

@@ -260,7 +260,7 @@ def _say(emotion):
 # %% ../nbs/14_pipeline.ipynb #cell-20
 @patch
 def draw_words(self: UniEmoPipeline, wanted, generators, reference=None):
-    "Pseudo-words {placeholder: [B, d_token]} and the attributes of the first: dict(scene=[...], object=[...]). `reference`: (c, s, o) [1, d] that stand for `<emotion>`."
+    "Pseudo-words {placeholder: [B, d_token] or [B, k, d_token]} and the attributes of the first: dict(scene=[...], object=[...]). `reference`: (c, s, o) [1, d] that stand for `<emotion>`."
     device, p = self._execution_device, next(self.mapper.parameters()); words, names = {}, {}
     for placeholder, emotion in wanted.items():
         weights = mixture_weights(emotion, self.emotions)

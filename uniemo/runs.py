@@ -557,4 +557,4 @@ def earlier_rows(folder, file, settings):
     if not (path := Path(folder)/file).exists(): return []
     there = read_json(Path(folder)/"settings.json"); differ = [k for k in settings if there.get(k) != settings[k]]
     if differ: raise ValueError(f"{path}: {differ[0]} is {there.get(differ[0])!r} there and {settings[differ[0]]!r} here; rows of different settings cannot stand in one table")
-    return [{k: v for k, v in r.items() if v == v} for r in pd.read_csv(path, float_precision="round_trip").to_dict("records")]
+    return [{k: v for k, v in r.items() if v == v} for r in pd.read_csv(path, engine="python").to_dict("records")]

@@ -499,6 +499,8 @@ def test_missing_votes_are_named(folder):
         with pytest.raises(DataError, match="t.csv: votes for amusement.*only: no column 'fear'. Add what is missing"):
             EmotionTable(table(folder, **seven), **kwargs)
     assert "no column 'fear'" in check(folder / "t.csv", verbose=False)["problem"][0]
+    with pytest.warns(UserWarning, match="columns 'amusement'.*but none 'fear'.*the labels stand alone"): d = EmotionTable(table(folder, label=["awe", "fear", "awe"], **seven))
+    assert "votes" not in d.columns and d.labels.tolist() == [1, 6, 1]
 
 
 # ---- loading

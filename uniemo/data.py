@@ -412,6 +412,7 @@ class EmotionTable(EmotionData):
         found, lacking = [n for n in emotions if n in t.columns], [n for n in emotions if n not in t.columns]
         if not label and not found: raise DataError(file, "neither a label nor votes", f"Add a column 'label', or one of votes for each of {', '.join(emotions)}")
         if not label and lacking: raise DataError(file, f"votes for {', '.join(found)} only: no column {', '.join(map(repr, lacking))}", "Add what is missing, or a column 'label', or pass emotions=EmotionSet(names) if the votes are for others")
+        if found and lacking and self.on_error != "list": warnings.warn(f"{file}: columns {', '.join(map(repr, found))} but none {', '.join(map(repr, lacking))}: they are not read as votes, the labels stand alone", stacklevel=5)
         return emotions, found
 
 # %% ../nbs/01_data.ipynb #cell-42

@@ -65,7 +65,7 @@ def test_emoset_by_parameters_only(tmp_path):
     tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True); data = write_emoset(tmp_path/"world", 64, progress=False, splits=(.5, .25, .25))
     diffusion = shutil.copytree(mini_folder("diffusion"), tmp_path/"sd"); index = json.loads((diffusion/"model_index.json").read_text())
     (diffusion/"model_index.json").write_text(json.dumps(index | dict(feature_extractor=["transformers", "CLIPImageProcessor"], safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])))     # named as in the original, not there, not needed
-    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion=str(diffusion), networks="mini", preset="mini", steps=2, num_images=2, num_inference_steps=2, generation_batch_size=2, metric_size=64, num_real=16,
+    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion=str(diffusion), networks="mini", preset="mini", mapper=dict(separate=True), steps=2, num_images=2, num_inference_steps=2, generation_batch_size=2, metric_size=64, num_real=16,
                                understanding_settings=tiny, joint_settings=tiny, num_threads=1, progress=False), tmp_path/"runs", "tiny", progress=False)
     summary = run.summary(); assert {"accuracy_stage1", "accuracy", "fid", "lpips", "emo_a", "sem_c", "sem_d"} <= set(summary) and not summary["dry"] and len(list((run.dir/"images").glob("*.png"))) == 16
     (run.dir/"images/awe-0-1.png").unlink(); kept = (run.dir/"images/fear-0-0.png").stat().st_mtime_ns; run._set(status="interrupted"); again = resume(run, progress=False)

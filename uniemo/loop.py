@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'HOW', 'code_hash', 'contents', 'Store', 'settings_of', 'metrics_of', 'World', 'paint_split', 'mini_world',
-           'load_world', 'image_side', 'name_tensors', 'with_extra', 'understanding', 'joint', 'vae_pixels', 'respaced',
-           'candidates', 'read_candidates', 'name_shares', 'prompted', 'inversion', 'scores', 'kept', 'further_real']
+           'load_world', 'image_side', 'name_tensors', 'with_extra', 'understanding', 'joint', 'mapper_settings',
+           'vae_pixels', 'respaced', 'candidates', 'read_candidates', 'name_shares', 'prompted', 'inversion', 'scores',
+           'kept', 'further_real']
 
 # %% ../nbs/15b_loop.ipynb #cell-03
 import hashlib, inspect, json, os, shutil, tempfile, time, warnings
@@ -35,6 +36,7 @@ from .memory import in_memory, random_crops
 from .mini import OBJECTS, SCENES, caption, draw_spec, paint, true_table
 from .pipeline import UniEmoPipeline
 from .queries import ExpertQueryModel
+from .runs import Parameter, check_parameters
 from .space import fit_space
 from .training import MemoryData, Trainer, Validate
 from .understanding import UnderstandingConfig, UnderstandingStage
@@ -226,6 +228,11 @@ def _read(stage, tensors, batch_size=100):
     "The encoder's predictions for a split, without the diffusion model."
     parts = [UnderstandingStage.predict(stage.eval(), b) for b in _batches(tensors, batch_size)]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+def mapper_settings(given):
+    "Switches of `PseudoWordMapper` such as {'separate': True}, checked before anything is paid for: a `ValueError` for an unknown name, with the nearest, or a value that is no truth value."
+    switches = {f"mapper.{k}": Parameter(f"mapper.{k}", "bool", p.default) for k, p in inspect.signature(PseudoWordMapper).parameters.items() if isinstance(p.default, bool)}
+    return {k.removeprefix("mapper."): v for k, v in check_parameters(switches, {f"mapper.{k}": v for k, v in given.items()}).items()}
 
 def vae_pixels(images, pipe, size=None):
     "uint8 images [n, 3, H, W] at `size` pixels (default: what the diffusion model paints), float in [-1, 1]."

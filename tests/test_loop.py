@@ -254,8 +254,10 @@ def test_evaluate(tmp_path):
     again = start("evaluate", dict(params, previous=str(run.dir)), tmp_path, progress=False); assert again.summary() == run.summary() and not (again.dir / "stages").exists()      # all rows are taken over
 
 def test_feedback(tmp_path):
-    run = start("feedback", dict(TINY, sizes=[32], seeds=[0], num_per_emotion=2, max_kept=2, num_test=40), tmp_path, progress=False)
-    assert "real only" in set(pd.read_csv(run.dir / "results.csv").arm)
+    params = dict(TINY, sizes=[32], seeds=[0], num_per_emotion=2, max_kept=2, num_test=40, stages=str(tmp_path / "stages")); run = start("feedback", params, tmp_path, progress=False)
+    rows = pd.read_csv(run.dir / "results.csv"); assert {"real only", "+ full filter, separate words"} <= set(rows.arm)
+    rows[~rows.arm.str.contains("separate")].to_csv(run.dir / "results.csv", index=False); again = start("feedback", dict(params, previous=str(run.dir)), tmp_path, progress=False)
+    pd.testing.assert_frame_equal(pd.read_csv(again.dir / "results.csv"), rows)                     # only the missing arm is made
 
 def test_controls(tmp_path):
     run = start("controls", dict(intensities=[0., 1.], strengths=[.5], num_images=1, num_inference_steps=1, num_threads=1), tmp_path, progress=False); assert {"spearman_intensity", "plane_accuracy", "kept_last"} <= set(run.summary())

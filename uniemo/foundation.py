@@ -287,11 +287,16 @@ def load_diffusion(folder=None):
 # %% ../nbs/03_foundation.ipynb #cell-37
 def sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
+def _placeless(config):
+    "A configuration without the places on this machine from which its parts were read."
+    return {k: _placeless(v) if isinstance(v, dict) else v for k, v in config.items() if k != "_name_or_path"}
+
 def ship(run_folder, part, destination, notebook=None):
     "Copy `part` ('clip', 'diffusion', 'judge' or 'uniemo') of the finished run `run_folder` of `notebook` (default: pretrain_<part>) to `destination` and enter it in the manifest there."
     run_folder, destination = Path(run_folder), Path(destination); target = destination / part
     if target.exists(): shutil.rmtree(target)
     shutil.copytree(run_folder / part, target)
+    for p in target.rglob("config.json"): p.write_text(json.dumps(_placeless(json.loads(p.read_text())), indent=2) + "\n")
     path = destination / "manifest.json"; manifest = json.loads(path.read_text()) if path.exists() else {}
     hashes = {str(p.relative_to(destination)): sha256(p) for p in sorted(target.rglob("*")) if p.is_file()}
     manifest[part] = dict(world=WORLD_VERSION, notebook=notebook or f"pretrain_{part}", parameters=json.loads((run_folder / "params.json").read_text()), scores=json.loads((run_folder / "summary.json").read_text()), sha256=hashes)

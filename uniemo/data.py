@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'SUFFIXES', 'DataError', 'to_rgb', 'read_image', 'RandomCrop', 'CentreCrop', 'View', 'Transform',
            'train_transform', 'eval_transform', 'joint_transform', 'fold', 'leaves_root', 'EmotionData', 'EmoSet',
-           'EmotionFolder', 'EmotionTable', 'load_data', 'check', 'three_splits', 'EpochSampler', 'make_loader']
+           'EmotionFolder', 'EmotionTable', 'load_data', 'check', 'three_splits', 'mixing_weights', 'WithExtra',
+           'EpochSampler', 'make_loader']
 
 # %% ../nbs/01_data.ipynb #cell-03
 import collections, copy, hashlib, io, json, math, operator, os, warnings
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from .emotions import MIKELS, EmotionSet
@@ -205,9 +206,10 @@ def __getitem__(self: EmotionData, i):
     if not -len(self) <= i < len(self): raise IndexError(f"index {i} of {len(self)} images")
     i %= len(self); path = self.file(self.columns["path"][i])
     item = self.transform(path, np.random.default_rng([self.seed, int(self._epoch), i])); note = self.annotation(i)
-    item.update(label=int(self.labels[i]), scene=-1 if note.get("scene") is None else self._positions["scene"][fold(note["scene"])])
+    item.update(label=int(self.labels[i]), scene=-1 if note.get("scene") is None else self._positions["scene"].get(fold(note["scene"]), -1))      # `annotation` refuses unknown names; missing are those that rest
     item["objects"] = torch.zeros(len(self.object_names))
-    for o in note.get("object", ()): item["objects"][self._positions["object"][fold(o)]] = 1.
+    for o in note.get("object", ()):
+        if (at := self._positions["object"].get(fold(o))) is not None: item["objects"][at] = 1.
     item.update({k: torch.tensor(self.columns[k][i], dtype=torch.float32) for k in ("votes", "valence", "arousal") if k in self.columns})
     return dict(item, image_id=self.columns["image_id"][i], path=str(path))
 
@@ -571,6 +573,37 @@ def three_splits(data, seed=0, least=1, **kwargs):
         if not len(out): raise ValueError(f"{root}: {len(train)} images are too few to take a split {name!r} from: an emotion gives one if it has three; add images, or splits of your own")
         own["train"] = train.subset(rest)
     return {k: own[k] for k in ("train", "val", "test")}
+
+# %% ../nbs/01_data.ipynb #4ee19588
+@patch
+def numbered_as(self: EmotionData, emotions, scene_names=(), object_names=()):
+    "The same images with label, votes, scene and objects numbered as in these names; a `DataError` for one that is not among them. Where no names of a kind are given, its annotations rest."
+    other, notes = self.subset(np.arange(len(self))), self.read_annotations(); known = dict(emotion=tuple(emotions), scene=tuple(scene_names or ()), object=tuple(object_names or ()))
+    place = {kind: {fold(n): i for i, n in enumerate(names)} for kind, names in known.items()}; own = [fold(n) for n in self.emotions]
+    voted = {self.emotions.names[k] for k in self.columns["votes"].sum(0).nonzero()[0]} if "votes" in self.columns else set()
+    for kind, names in known.items():
+        used = {*notes["emotion"], *voted} if kind == "emotion" else set(notes[kind].explode().dropna()) if names and getattr(self, f"{kind}_names") else set(); lost = sorted(n for n in used if fold(n) not in place[kind])
+        if lost: raise DataError(self.root, f"{kind} {lost[0]!r} is no {kind} of the data that it should join", f"Known are {', '.join(names)}: correct it, or leave those images out")
+    other.columns["label"] = np.array([place["emotion"].get(n, -1) for n in own])[self.labels]
+    if voted: votes = np.zeros((len(self), len(known["emotion"]))); there = [k for k, n in enumerate(own) if n in place["emotion"]]; votes[:, [place["emotion"][own[k]] for k in there]] = self.columns["votes"][:, there]; other.columns["votes"] = votes
+    other.emotions = emotions if isinstance(emotions, EmotionSet) else EmotionSet(known["emotion"]); other.scene_names, other.object_names, other._positions = known["scene"], known["object"], {k: place[k] for k in ("scene", "object")}
+    return other
+
+def mixing_weights(n, m, ratio):
+    "How often each of `n` images and `m` extra ones is drawn so that these make up the share `ratio` of a batch on the average: [n + m]."
+    if not 0 < ratio < 1: raise ValueError(f"ratio is the share of generated images in a batch, above 0 and below 1, not {ratio}")
+    return np.concatenate([np.full(n, (1 - ratio) / n), np.full(m, ratio / m)])
+
+class WithExtra(ConcatDataset):
+    "The images of `train`, then those of `extra`, numbered alike; each item has a `weight` in the emotion's loss, 1 or `extra_weight`. Where only `train` has votes, an extra label has all of them."
+    def __init__(self, train, extra, extra_weight=1.): super().__init__([train, extra.numbered_as(train.emotions, train.scene_names, train.object_names)]); self.extra_weight = extra_weight
+
+    def __getitem__(self, i):
+        item, train = super().__getitem__(i), self.datasets[0]; item["weight"] = torch.tensor(1. if i % len(self) < len(train) else self.extra_weight)
+        if "votes" in train.columns: item.setdefault("votes", F.one_hot(torch.tensor(item["label"]), len(train.emotions)).float())
+        rest = {"valence", "arousal"} | ({"votes"} - set(train.columns)); return {k: v for k, v in item.items() if k not in rest}        # what not every item has
+
+    def draw(self, ratio): "Weights for a sampler or a `Trainer`, see `mixing_weights`."; return mixing_weights(*map(len, self.datasets), ratio)
 
 # %% ../nbs/01_data.ipynb #cell-54
 class EpochSampler(Sampler):

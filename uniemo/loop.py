@@ -25,7 +25,7 @@ import uniemo
 from .backbones import Backbone, TextTower, name_text
 from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
-from .data import EmoSet, EmotionTable, View, eval_transform, fold, load_data, three_splits
+from .data import EmoSet, EmotionTable, View, eval_transform, fold, load_data, mixing_weights, three_splits
 from .emotions import MIKELS
 from .filtering import CRITERIA, SCORES, filter_candidates, fit_thresholds, gather_evidence, label_columns, shown_names, write_kept
 from .foundation import load_clip, load_diffusion, mini_folder
@@ -182,12 +182,11 @@ def name_tensors(source, names, template="a photo of a {}"):
 
 def with_extra(train, extra, ratio, weight):
     "Training tensors with those of `extra` behind them, and how often each image is drawn. Where `extra` does not tell, its label has all the votes, scene and objects are unknown."
-    if not 0 < ratio < 1: raise ValueError(f"ratio is the share of generated images in a batch, above 0 and below 1, not {ratio}")
     n, m = len(train["label"]), len(extra["label"])
     unsaid = dict(votes=lambda v: torch.nn.functional.one_hot(extra["label"].long(), v.shape[1]).to(v.dtype), scene=lambda v: v.new_full((m,), -1), objects=lambda v: v.new_zeros(m, v.shape[1]))
     extra = {k: f(train[k]) for k, f in unsaid.items() if k in train} | extra; both = {k: torch.cat([train[k], extra[k]]) for k in train if k in extra}
     both["weight"] = torch.cat([torch.ones(n), torch.full((m,), float(weight))])
-    return both, np.concatenate([np.full(n, (1 - ratio) / n), np.full(m, ratio / m)])
+    return both, mixing_weights(n, m, ratio)
 
 def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, extra_weight=1., workers=1, run=None, progress=False):
     "Stage 1 (or 3, with `extra`) on `data` by an `UnderstandingConfig` of `config`: the model in `folder/model`, predictions on validation and test."
@@ -368,15 +367,8 @@ def _kept_tensors(folder, view, world=None):
 
 def _renumbered(folder, view, world):
     "Training tensors of the data set `folder`, labels and names numbered as in `world`."
-    d = load_data(folder, "train"); d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); t = in_memory(d); objects = t["objects"].any(0).nonzero().flatten()
-    def number(kind, own, known, used):
-        place = {fold(n): i for i, n in enumerate(known)}; new = [place.get(fold(n), -1) for n in own]; lost = [own[i] for i in used.unique().tolist() if i >= 0 and new[i] < 0]
-        if lost: raise ValueError(f"{folder}: {kind} {lost[0]!r} is no {kind} of the training data ({', '.join(known) or 'which name none'}): correct it, or leave those images out")
-        return torch.tensor(new + [-1])[used]                               # the last one: unknown, -1
-    out = dict(pixel_values=t["pixel_values"], label=number("emotion", d.emotions.names, world.emotions.names, t["label"]))
-    if world.names["scene"]: out["scene"] = number("scene", d.scene_names, world.names["scene"], t["scene"])
-    if world.names["object"]: out["objects"] = torch.zeros(len(d), len(world.names["object"])); out["objects"][:, number("object", d.object_names, world.names["object"], objects)] = t["objects"][:, objects]
-    return out
+    d = load_data(folder, "train").numbered_as(world.emotions, world.names["scene"], world.names["object"]); d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); t = in_memory(d)
+    return {k: t[k] for k, there in dict(pixel_values=True, label=True, scene=world.names["scene"], objects=world.names["object"]).items() if there}
 
 # %% ../nbs/15b_loop.ipynb #cell-23
 def further_real(folder, num_images, seed=0):

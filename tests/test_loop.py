@@ -260,4 +260,4 @@ def test_feedback(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(again.dir / "results.csv"), rows)                     # only the missing arm is made
 
 def test_controls(tmp_path):
-    run = start("controls", dict(intensities=[0., 1.], strengths=[.5], num_images=1, num_inference_steps=1, num_threads=1), tmp_path, progress=False); assert {"spearman_intensity", "plane_accuracy", "kept_last"} <= set(run.summary())
+    run = start("controls", dict(intensities=[0., 1.], quarters=[0., .5], strengths=[.5], num_images=1, num_inference_steps=1, num_threads=1), tmp_path, progress=False); assert {"spearman_intensity", "plane_accuracy", "kept_last"} <= set(run.summary())

@@ -1,6 +1,7 @@
 "Tiny runs of the experiments: what comes out is meaningless, that it comes out is the test."
 import json, os, shutil
 import numpy as np, pandas as pd, pytest
+from uniemo.data import EmoSet
 from uniemo.emotions import MIKELS
 from uniemo.foundation import mini_folder
 from uniemo.mini import write_emoset
@@ -35,6 +36,14 @@ def test_understanding_reads_a_folder_of_photographs(tmp_path):
     summary = run.summary()
     assert {"accuracy", "macro_f1"} <= set(summary) and not {"bayes", "pointing_object", "wheel_distance"} & set(summary)
     assert json.loads((run.dir/"model/config.json").read_text())["class_names"] == sorted(p.name for p in photos.iterdir())
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_understanding_with_extra_images(tmp_path, in_memory):
+    "Stage 3 at any size: a folder of emotions, without scenes and objects, joins a set in EmoSet's format, decoded once or read by and by."
+    data, more = (write_emoset(tmp_path/n, k, seed=k, workers=1, progress=False) for n, k in (("data", 160), ("more", 48)))
+    run = start("understanding", dict(TINY, data=str(data), extra=str(more/"image"), ratio=.25, extra_weight=.5, in_memory=in_memory), tmp_path/"runs", progress=False)
+    assert run.summary()["extra_images"] == 48 and run.summary()["images"] == len(EmoSet(data, "train"))
+    with pytest.raises(RunFailed, match="no emotion of the data that it should join"): (more/"image/awe").rename(more/"image/joy"); start("understanding", dict(TINY, data=str(data), extra=str(more/"image")), tmp_path/"runs", progress=False)
 
 def test_experts_goes_on_where_it_was_stopped(tmp_path):
     params = dict(sizes=[16], steps=[2], seeds=[0, 1], search_seeds=[100], lr_backbone=[1e-4], lr_new=[1e-3], num_validation=16, num_test=24, num_probes=8, ablation_size=16, weak_steps=0, batch_size=8, num_threads=1, arms=["plain", "registers", "expert"])

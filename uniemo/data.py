@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'SUFFIXES', 'DataError', 'to_rgb', 'read_image', 'RandomCrop', 'CentreCrop', 'View', 'Transform',
            'train_transform', 'eval_transform', 'joint_transform', 'fold', 'leaves_root', 'EmotionData', 'EmoSet',
-           'EmotionFolder', 'EmotionTable', 'load_data', 'check', 'three_splits', 'mixing_weights', 'WithExtra',
-           'EpochSampler', 'make_loader']
+           'EmotionFolder', 'EmotionTable', 'load_data', 'check', 'training_images', 'three_splits', 'mixing_weights',
+           'WithExtra', 'EpochSampler', 'make_loader']
 
 # %% ../nbs/01_data.ipynb #cell-03
 import collections, copy, hashlib, io, json, math, operator, os, warnings
@@ -560,6 +560,10 @@ def _summary(root, rows, counts, verbose):
     return table
 
 # %% ../nbs/01_data.ipynb #three-splits
+def training_images(data, **kwargs):
+    "The split 'train' of the data set `data`, or all of one without splits; `kwargs` to `load_data`."
+    there = _layout(Path(data)).splits(Path(data)); return load_data(Path(data), None if None in there else "train", **kwargs)
+
 def three_splits(data, seed=0, least=1, **kwargs):
     """dict train, val, test of the data set `data`: its own splits; what is missing is taken by chance from the training images, 15 (test) and 10 (val) in a hundred of each emotion,
     at least `least` of three or more. `kwargs`, such as `on_error`, to `load_data`."""

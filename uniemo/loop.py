@@ -25,7 +25,7 @@ import uniemo
 from .backbones import Backbone, TextTower, name_text
 from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
-from .data import EmoSet, EmotionTable, View, eval_transform, fold, load_data, mixing_weights, three_splits
+from .data import EmoSet, EmotionTable, View, eval_transform, fold, mixing_weights, three_splits, training_images
 from .emotions import MIKELS
 from .filtering import CRITERIA, SCORES, filter_candidates, fit_thresholds, gather_evidence, label_columns, shown_names, write_kept
 from .foundation import load_clip, load_diffusion, mini_folder
@@ -367,7 +367,7 @@ def _kept_tensors(folder, view, world=None):
 
 def _renumbered(folder, view, world):
     "Training tensors of the data set `folder`, labels and names numbered as in `world`."
-    d = load_data(folder, "train").numbered_as(world.emotions, world.names["scene"], world.names["object"]); d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); t = in_memory(d)
+    d = training_images(folder).numbered_as(world.emotions, world.names["scene"], world.names["object"]); d.transform = eval_transform(view.size, view.mean, view.std, fraction=1.); t = in_memory(d)
     return {k: t[k] for k, there in dict(pixel_values=True, label=True, scene=world.names["scene"], objects=world.names["object"]).items() if there}
 
 # %% ../nbs/15b_loop.ipynb #cell-23

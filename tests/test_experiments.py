@@ -74,9 +74,9 @@ def test_emoset_by_parameters_only(tmp_path):
     tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True); data = write_emoset(tmp_path/"world", 64, progress=False, splits=(.5, .25, .25))
     diffusion = shutil.copytree(mini_folder("diffusion"), tmp_path/"sd"); index = json.loads((diffusion/"model_index.json").read_text())
     (diffusion/"model_index.json").write_text(json.dumps(index | dict(feature_extractor=["transformers", "CLIPImageProcessor"], safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])))     # named as in the original, not there, not needed
-    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion=str(diffusion), networks="mini", preset="mini", mapper=dict(separate=True), steps=2, num_images=2, num_inference_steps=2, generation_batch_size=2, metric_size=64, num_real=16,
+    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion=str(diffusion), networks="mini", preset="mini", mapper=dict(separate=True), steps=2, num_images=2, num_inference_steps=2, generation_batch_size=2, metric_size=64, num_real=16, criteria=["diverse"], max_kept=1, ratio=.25,
                                understanding_settings=tiny, joint_settings=tiny, num_threads=1, progress=False), tmp_path/"runs", "tiny", progress=False)
-    summary = run.summary(); assert {"accuracy_stage1", "accuracy", "fid", "lpips", "emo_a", "sem_c", "sem_d"} <= set(summary) and not summary["dry"] and len(list((run.dir/"images").glob("*.png"))) == 16
+    summary = run.summary(); assert {"accuracy_stage1", "accuracy", "fid", "lpips", "emo_a", "sem_c", "sem_d", "accuracy_stage3"} <= set(summary) and not summary["dry"] and len(list((run.dir/"images").glob("*.png"))) == 16
     (run.dir/"images/awe-0-1.png").unlink(); kept = (run.dir/"images/fear-0-0.png").stat().st_mtime_ns; run._set(status="interrupted"); again = resume(run, progress=False)
     assert (run.dir/"images/awe-0-1.png").exists() and (run.dir/"images/fear-0-0.png").stat().st_mtime_ns == kept and again.summary()["fid"] == pytest.approx(summary["fid"], rel=1e-3)
 
@@ -108,7 +108,7 @@ def no_stages(folder, keeps):
 
 def test_feedback_rows(cells, tmp_path):
     "What is measured when nothing is kept stays, such a regime counts as finished; real images beside; tables of before, without the later columns, can be shown."
-    g = cells("feedback", ["cell-03", "cell-05"], display=lambda x: None, sizes=[32, 48], seeds=[0, 1], more_rounds={"32": 3}); images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    g = cells("feedback", ["cell-03", "cell-05"], display=lambda x: None, sizes=[32, 48], seeds=[0, 1], more_rounds={"32": 3}, separate=False); images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
     q, f = g["quality"](images, np.arange(8)); assert 0 < q["diversity"] < 2 and g["chance_drift"](f) == g["chance_drift"](f) > 0
     q, f = g["quality"](images[:1], np.arange(1)); assert np.isnan(q["diversity"]) and np.isnan(g["chance_drift"](f))
     cells("feedback", ["cell-06"], g, store=no_stages(tmp_path/"stages", [6, 0, 5, 4, 3, 0, 0])); t = g["results"]; full = t[t.arm == "+ full filter"].set_index(["size", "seed", "round"])
@@ -118,6 +118,8 @@ def test_feedback_rows(cells, tmp_path):
     shown = ["cell-08", "cell-10", "cell-12", "95c8b7ef", "cell-13"]; cells("feedback", shown, g); assert g["run"].summary()["main_metric"] == "real_only_48"
     def regime(size, seed): raise AssertionError("all are finished")
     again = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), regime=regime)["results"]; assert len(again) == len(t) and again.accuracy.isna().sum() == 3
-    before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"]); before[before.kept.ne(0)].to_csv(g["run"].dir/"results.csv", index=False)
+    with_words = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), separate=True, store=no_stages(tmp_path/"words", [3, 0, 2, 1]))["results"]; words = with_words[with_words.arm == g["SEPARATE"]]
+    assert len(with_words) == len(t) + 4 and words.kept.tolist() == [3, 0, 2, 1] and words.accuracy.isna().tolist() == [False, True, False, False] and (with_words.arm.value_counts().drop(g["SEPARATE"]) == t.arm.value_counts()).all()
+    cells("feedback", shown, g); g.update(separate=False); before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"]); before[before.kept.ne(0)].to_csv(g["run"].dir/"results.csv", index=False)
     with pytest.raises(AssertionError): cells("feedback", ["cell-06"], g)                                  # the row that says so is not there, so it is done again
     cells("feedback", ["cell-06", *shown], g, sizes=[32], seeds=[1]); assert g["results"]["round"].max() == 3

@@ -108,7 +108,7 @@ def no_stages(folder, keeps):
 
 def test_feedback_rows(cells, tmp_path):
     "What is measured when nothing is kept stays, such a regime counts as finished; real images beside; tables of before, without the later columns, can be shown."
-    g = cells("feedback", ["cell-03", "cell-05"], display=lambda x: None, sizes=[32, 48], seeds=[0, 1], more_rounds={"32": 3}, separate=False); images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    g = cells("feedback", ["cell-03", "cell-05", "regimes"], display=lambda x: None, sizes=[32, 48], seeds=[0, 1], more_rounds={"32": 3}, separate=False); images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
     q, f = g["quality"](images, np.arange(8)); assert 0 < q["diversity"] < 2 and g["chance_drift"](f) == g["chance_drift"](f) > 0
     q, f = g["quality"](images[:1], np.arange(1)); assert np.isnan(q["diversity"]) and np.isnan(g["chance_drift"](f))
     cells("feedback", ["cell-06"], g, store=no_stages(tmp_path/"stages", [6, 0, 5, 4, 3, 0, 0])); t = g["results"]; full = t[t.arm == "+ full filter"].set_index(["size", "seed", "round"])

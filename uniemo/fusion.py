@@ -11,9 +11,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-# %% ../nbs/08_fusion.ipynb #cell-05
 def _mlp(width, out): return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
+# %% ../nbs/08_fusion.ipynb #cell-05
 class PseudoWordMapper(ModelMixin, ConfigMixin):
     """Features c, s, o [B, hidden_size] and coefficients [B] -> pseudo-words [B, token_size]. `use_scene`, `use_object`: whether these parts are there; `use_alpha=False`: every coefficient counts as 1;
     `separate` (ours): the parts are not added but stay words of their own, [B, k, token_size] in the order class, scene, object."""

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .conditioning import compute_device, encode_prompts
+from .conditioning import compute_device, encode_prompts, max_tokens
 from .correlation import RETRIEVALS
 from .data import fold
 from .losses import condition_loss, diffusion_loss, diffusion_target, joint_loss, word_logits
@@ -192,9 +192,24 @@ def _annotated(stage, batches, names):
         rows.append([x[known] for x in (out.class_features, out.scene_features, out.object_features, *alphas, scene, objects)])
     return [torch.cat(x) for x in zip(*rows)]
 
-# %% ../nbs/12d_joint.ipynb #6605b0c1
-from .conditioning import max_tokens
+# %% ../nbs/12d_joint.ipynb #warm-helpers
+def _caption(encoder, tokenizer, scene, objects):
+    "What an image shows, in words that the text encoder can read whole: of too many objects the last ones go unsaid."
+    length = max_tokens(encoder, tokenizer)
+    for k in range(len(objects), -1 if scene else 0, -1):
+        text = caption(scene, objects[:k]); count = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) + 2
+        if count <= length: return text
+    raise ValueError(f"the names of an image are too long for the warm start: {text!r} has {count} tokens, the text encoder reads {length}; shorten the names in the data, or set warm_start=0")
 
+def _descend(mapper, loss, steps, lr, n, batch_size, generator):
+    "Adam with a falling rate on random rows of `n`; the last loss."
+    optimizer, value = torch.optim.Adam(mapper.parameters(), lr=lr), torch.zeros(())
+    for k in range(steps):
+        i = torch.randint(n, (batch_size,), generator=generator); optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
+        value = loss(i); optimizer.zero_grad(); value.backward(); optimizer.step()
+    return float(value.detach())
+
+# %% ../nbs/12d_joint.ipynb #6605b0c1
 def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0):
     """Fit `stage.mapper` to the names of the images: `steps` steps towards their token embeddings, half as many towards the text states of their captions. `batches`: an iterable of dicts with
     pixel_values, label, and scene [B] (-1: unknown) or objects [B, O], without augmentation; `names`: dict(scene=[...] or None, object=[...] or None). Returns both mean squared distances at the end."""
@@ -221,22 +236,6 @@ def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0)
         return (encode_prompts(encoder, stage.tokenizer, stage.config.prompt, words(i)) - wanted).square().sum(-1).mean()
     parts = (to_names, steps, lr), (to_states, steps // 2, lr / 2)
     return tuple(_descend(mapper, loss, count, rate, n, batch_size, generator) for loss, count, rate in parts)
-
-def _caption(encoder, tokenizer, scene, objects):
-    "What an image shows, in words that the text encoder can read whole: of too many objects the last ones go unsaid."
-    length = max_tokens(encoder, tokenizer)
-    for k in range(len(objects), -1 if scene else 0, -1):
-        text = caption(scene, objects[:k]); count = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) + 2
-        if count <= length: return text
-    raise ValueError(f"the names of an image are too long for the warm start: {text!r} has {count} tokens, the text encoder reads {length}; shorten the names in the data, or set warm_start=0")
-
-def _descend(mapper, loss, steps, lr, n, batch_size, generator):
-    "Adam with a falling rate on random rows of `n`; the last loss."
-    optimizer, value = torch.optim.Adam(mapper.parameters(), lr=lr), torch.zeros(())
-    for k in range(steps):
-        i = torch.randint(n, (batch_size,), generator=generator); optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
-        value = loss(i); optimizer.zero_grad(); value.backward(); optimizer.step()
-    return float(value.detach())
 
 # %% ../nbs/12d_joint.ipynb #cell-20
 class InversionStage(Stage):

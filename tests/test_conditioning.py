@@ -126,7 +126,7 @@ def test_bad_prompts(stock, prompts, words, message):
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("words", [torch.randn(1, 7), torch.randn(8), torch.randn(1, 1, 24)])
+@pytest.mark.parametrize("words", [torch.randn(1, 7), torch.randn(8), torch.randn(1, 2, 7), torch.randn(1, 0, 24), torch.randn(1, 1, 1, 24)])
 def test_bad_words(stock, words):
     with pytest.raises(ValueError, match=r"must be \[B, "): encode_prompts(*stock, "<emotion>", words)
 

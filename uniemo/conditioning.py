@@ -73,7 +73,7 @@ def _words(words, size, placeholder, width):
     words = dict(words) if isinstance(words, Mapping) else {placeholder: words}
     for name, w in words.items():
         if not _pattern(placeholder).fullmatch(name): raise ValueError(f"unknown placeholder {name!r} among the words; a placeholder is {placeholder} or {placeholder[:-1]}:name>")
-        if w.ndim not in (2, 3) or w.shape[-1] != width: raise ValueError(f"words of {name} must be [B, {width}] (or [B, k, {width}], k tokens each), as wide as the text encoder's token embedding, not {list(w.shape)}")
+        if w.ndim not in (2, 3) or w.shape[-1] != width or not w.shape[1]: raise ValueError(f"words of {name} must be [B, {width}] (or [B, k, {width}], k tokens each), as wide as the text encoder's token embedding, not {list(w.shape)}")
     sizes = {len(w) for w in words.values()}; total = max(sizes, default=1) if size is None else size
     if sizes - {1, total}: raise ValueError(f"{total} prompts need {total} words each (or 1 for all), not {', '.join(f'{len(w)} of {n}' for n, w in words.items())}")
     return {n: (w[:, None] if w.ndim == 2 else w).expand(total, -1, -1) for n, w in words.items()}, total

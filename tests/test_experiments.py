@@ -118,8 +118,8 @@ def test_feedback_rows(cells, tmp_path):
     shown = ["cell-08", "cell-10", "cell-12", "95c8b7ef", "cell-13"]; cells("feedback", shown, g); assert g["run"].summary()["main_metric"] == "real_only_48"
     def regime(size, seed): raise AssertionError("all are finished")
     again = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), regime=regime)["results"]; assert len(again) == len(t) and again.accuracy.isna().sum() == 3
-    with_words = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), separate=True, store=no_stages(tmp_path/"words", [3, 0, 2, 1]))["results"]; words = with_words[with_words.arm == g["SEPARATE"]]
-    assert len(with_words) == len(t) + 4 and words.kept.tolist() == [3, 0, 2, 1] and words.accuracy.isna().tolist() == [False, True, False, False] and (with_words.arm.value_counts().drop(g["SEPARATE"]) == t.arm.value_counts()).all()
+    with_words = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), separate=True, store=no_stages(tmp_path/"words", [3, 4, 0, 0, 2, 1]))["results"]; words = with_words[with_words.arm == g["SEPARATE"]]
+    assert words.set_index(["size", "seed", "round"]).kept.to_dict() == {(32, 0, 1): 3, (32, 0, 2): 4, (32, 0, 3): 0, (32, 1, 1): 0, (48, 0, 1): 2, (48, 1, 1): 1} and (words.accuracy.isna() == (words.kept == 0)).all() and len(with_words) == len(t) + 6 and (with_words.arm.value_counts().drop(g["SEPARATE"]) == t.arm.value_counts()).all()
     cells("feedback", shown, g); g.update(separate=False); before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"]); before[before.kept.ne(0)].to_csv(g["run"].dir/"results.csv", index=False)
     with pytest.raises(AssertionError): cells("feedback", ["cell-06"], g)                                  # the row that says so is not there, so it is done again
     cells("feedback", ["cell-06", *shown], g, sizes=[32], seeds=[1]); assert g["results"]["round"].max() == 3

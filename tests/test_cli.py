@@ -72,5 +72,8 @@ def test_estimate_asks_what_the_experiment_would_do(capsys):
     from uniemo.cli import _of_experiment, main
     for pairs, made in (({}, 8), (dict(generation_batch_size="3"), 3)): preset, changes = _of_experiment("emoset", pairs); assert preset == "paper" and "batch_size" not in changes and changes["num_images"] == made
     assert _of_experiment("understanding", dict(batch_size="16"))[1]["batch_size"] == 16 and "num_images" not in _of_experiment("understanding", {})[1]
-    assert main(["estimate", "emoset", *"-p preset mini -p backbone mini -p diffusion mini -p generation_batch_size 3 --device cpu -s understanding -s generation".split()]) == 0
+    mini = "estimate emoset -p preset mini -p backbone mini -p diffusion mini --device cpu -s understanding".split(); both = ["-p", "understanding_settings", '{"micro_batch": 4}', "-p", "joint_settings", '{"micro_batch": 2, "vae_size": 64}']
+    assert main([*mini, *"-p generation_batch_size 3 -s generation".split()]) == 0
     out = capsys.readouterr().out; assert "understanding, 64 images" in out and "generation, 3 images" in out
+    assert main([*mini, "-s", "joint", *both]) == 0; out = capsys.readouterr().out; assert "understanding, 4 images" in out and "joint, 2 images" in out         # each stage has its own
+    assert main([*mini, "-p", "understanding_settings", '{"vae_size": 64}']) == 2 and "UnderstandingConfig has no setting 'vae_size'" in capsys.readouterr().err

@@ -109,7 +109,8 @@ def _of_experiment(name, pairs):
     "What `estimate` is asked for an experiment `name` with parameters `pairs`: preset, and changes of its settings."
     known = runs.read_parameters(runs.find_notebook(name)); values = {n: None if p.computed else p.default for n, p in known.items()} | runs.check_parameters(known, pairs)
     own = {"backbone": values.get("backbone"), "batch_size": values.get("batch_size"), "num_images": values.get("generation_batch_size"), "diffusion": values.get("diffusion"), "processes": values.get("processes")}
-    return values.get("preset") or "mini", {**{k: v for k, v in own.items() if v is not None}, **(values.get("settings") or {}), **(values.get("understanding_settings") or {}), **(values.get("joint_settings") or {})}
+    of_stage = {k: values[k] for k in ("understanding_settings", "joint_settings") if values.get(k)}
+    return values.get("preset") or "mini", {**{k: v for k, v in own.items() if v is not None}, **(values.get("settings") or {}), **of_stage}
 
 def _plain(text):
     "Text as JSON says it, else as it is."

@@ -188,17 +188,18 @@ def _measure(stage, config, diffusion, batch, passes, names, dtype):
     return {**rows, "optimiser": (2 * trained, 8 * trained), "gradients": (trained, gradients), "activations": (0, work)}
 
 # %% ../nbs/15c_estimate.ipynb #cell-23
-def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), diffusion=None, names=(254, 409), device=None, processes=1, num_images=8, **settings):
+def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), diffusion=None, names=(254, 409), device=None, processes=1, num_images=8, understanding_settings=None, joint_settings=None, **settings):
     """DataFrame, indexed by stage and part, of `parameters` and GB in each of `precisions` ('fp32', 'bf16') at the peak of one process. `config`: a preset's name with changes in `settings`, or
-    an `UnderstandingConfig` (stage 1) or `JointConfig` (stage 2, generation). `num_images`: of a batch in generation; `diffusion`: else what belongs to the backbone."""
+    an `UnderstandingConfig` (stage 1) or `JointConfig` (stage 2, generation). `understanding_settings`, `joint_settings`: changes of a preset for one of the two alone, which go before `settings`.
+    `num_images`: of a batch in generation; `diffusion`: else what belongs to the backbone."""
     given = not isinstance(config, str); device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stages = stages or (STAGES if not given else STAGES[1:] if isinstance(config, JointConfig) else STAGES[:1])
     for kind, asked, known in (("stage", stages, STAGES), ("precision", precisions, PRECISIONS), ("device", [device], PROGRAM)):
         if wrong := [a for a in asked if a not in known]: raise ValueError(f"unknown {kind} {wrong[0]!r}; known: {', '.join(known)}")
     table, own = {}, _known(settings)
     for stage in stages:
-        kind = UnderstandingConfig if stage == "understanding" else JointConfig
-        c = config if given else kind.preset(config, **{k: v for k, v in settings.items() if k in own[kind]})
+        kind, of_stage = (UnderstandingConfig, understanding_settings) if stage == "understanding" else (JointConfig, joint_settings)
+        c = config if given else kind.preset(config, **{k: v for k, v in settings.items() if k in own[kind]} | (of_stage or {}))
         micro, passes = split_batch(c.batch_size, c.micro_batch, processes)
         own_diffusion = diffusion or ("mini" if c.backbone == "mini" else SD); columns = {}
         for precision in precisions:

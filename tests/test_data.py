@@ -1,5 +1,6 @@
 "Data sets: faults with real photographs, and what does not read well in the notebook."
-import json, os, pickle, warnings
+import json, os, pickle, shutil, warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from uniemo.data import (CentreCrop, DataError, EmoSet, EmotionFolder, EmotionTable, EpochSampler, RandomCrop, Transform, View, check, eval_transform, joint_transform, load_data, make_loader,
+from uniemo.data import (CentreCrop, DataError, EmoSet, EmotionFolder, EmotionTable, EpochSampler, RandomCrop, Transform, View, check, eval_transform, joint_transform, load_data, make_loader, same_images, three_splits,
                          read_image, to_rgb, train_transform)
 from uniemo.emotions import MIKELS, EmotionSet
 
@@ -551,3 +552,54 @@ def test_opens_without_touching_the_files(tmp_path, emoset):
     d = EmoSet(emoset, "big")
     assert len(d) == 16000 and (np.bincount(d.labels) == 2000).all()
     assert os.path.basename(d.columns["path"][-1]) == "sadness_01999.jpg"
+
+
+def test_spellings_of_one_scene_or_object(folder):
+    "One name each, the commonest spelling; what is given twice is refused."
+    with pytest.warns(UserWarning) as said:
+        d = EmotionTable(table(folder, label=["awe", "awe", "fear"], scene=["living-room", "Living Room", "Living Room"], objects=["Cat; cat", "cat", "cup"]))
+    assert [str(w.message).split(" are one: ")[1] for w in said] == ["'Living Room' = 'living-room'", "'cat' = 'Cat'"]
+    assert d.scene_names == ("Living Room",) and d.object_names == ("cat", "cup") and [d[i]["scene"] for i in range(3)] == [0, 0, 0] and [d[i]["objects"].tolist() for i in range(3)] == [[1, 0], [1, 0], [0, 1]]
+    assert d.annotation(0) == dict(scene="Living Room", object=["cat"])
+    with pytest.raises(DataError, match="t.csv: scene_names has 'A_b' and 'a b', which are the same name"):
+        EmotionTable(table(folder, label=["awe", "awe", "fear"], scene=["a b", None, None]), scene_names=("a b", "A_b"))
+
+
+def test_what_looks_misspelt_is_named(folder, tmp_path):
+    with pytest.warns(UserWarning) as said:
+        d = EmotionTable(table(folder, label=["awe", "amusemnt", "fear"], scenes=["a", "b", "c"]))
+    said = " ".join(str(w.message) for w in said)
+    assert len(d.emotions) == 3 and "'amusemnt' is much like 'amusement'" in said and "column 'scenes' is not read, did you mean 'scene'?" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EmotionTable(table(folder, label=["calm", "joy", "rage"], source=["x", "y", "z"]))
+        d = EmotionTable(table(folder, Label=["awe", "awe", "fear"], Scene=["a", "b", "c"], Split=["Train", "Dev", "TEST"]))          # columns and splits in any case
+        assert d.scene_names == ("a", "b", "c") and {k: len(v) for k, v in three_splits(folder / "t.csv").items()} == dict(train=1, val=1, test=1)
+    for text, says in (("path;label\na.jpg;joy\n", "part columns by commas"), ("path,emotoin\na.jpg,joy\n", "'label' or 'emotion'.*columns in it: path, emotoin"), ("path,label\n", "bad.csv: no image")):
+        (folder / "bad.csv").write_text(text)
+        with pytest.raises(DataError, match=says): EmotionTable(folder / "bad.csv")
+    (folder / 'bad.csv').write_text(f"path,label\n{folder.absolute()}/train/calm/0.jpg,joy\n")
+    with pytest.raises(DataError, match="Write train/calm/0.jpg: paths start at"): EmotionTable(folder / "bad.csv")
+
+
+def test_splits_by_their_usual_names(emoset, folder, tmp_path):
+    photos = sorted((emoset / "image").rglob("*.jpg"))
+    for k, (split, emotion) in enumerate((s, e) for s in ("Training", "dev", "testing") for e in ("Awe", "fear")):
+        (tmp_path / "mine" / split / emotion).mkdir(parents=True); shutil.copy(photos[k], tmp_path / "mine" / split / emotion / "a.jpg")
+    (tmp_path / "mine/dev/fear/Thumbs.db").write_bytes(b"x"); found = three_splits(tmp_path / "mine"); assert {k: (len(d), d.split) for k, d in found.items()} == dict(train=(2, "Training"), val=(2, "dev"), test=(2, "testing"))
+    assert len(check(tmp_path / "mine", verbose=False)) == 0
+    shutil.copytree(tmp_path / "mine/dev", tmp_path / "mine/val")
+    with pytest.raises(DataError, match="'dev' and 'val' are both 'val'"): three_splits(tmp_path / "mine")
+    (tmp_path / "mine/val").rename(tmp_path / "mine/more")
+    with pytest.warns(UserWarning, match="splits 'more' are not read"): three_splits(tmp_path / "mine")
+    with pytest.raises(DataError, match="no data found. Images lie in root/emotion"): three_splits(tmp_path / "mine/dev/fear")
+    table(folder, label=["awe", "awe", "fear"], split=[None] * 3)
+    with pytest.raises(DataError, match="no data found"): three_splits(folder / "t.csv")
+
+
+def test_an_image_in_two_splits_stays_in_one(emoset):
+    "Left out where skipped: the test set is what stays."
+    a, b = emoset / "image/fear/fear_train0.jpg", emoset / "image/fear/fear_test0.jpg"; a.write_bytes(b.read_bytes())
+    with pytest.warns(UserWarning, match="1 entries are skipped"): found = three_splits(emoset, on_error="skip", progress=False)
+    assert {k: (len(d), len(d.skipped)) for k, d in found.items()} == dict(train=(15, 1), val=(8, 0), test=(8, 0)) and "same image in two splits" in found["train"].skipped.problem[0]
+    whole = {k: EmoSet(emoset, k) for k in ("train", "test")}; assert [tuple(Path(p).name for p in pair) for pair in same_images(whole["train"], whole["test"])] == [(a.name, b.name)] and not same_images(found["train"], found["test"])

@@ -77,6 +77,7 @@ def test_emoset_by_parameters_only(tmp_path):
     run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion=str(diffusion), networks="mini", preset="mini", mapper=dict(separate=True), steps=2, num_images=2, num_inference_steps=2, generation_batch_size=2, metric_size=64, num_real=16, criteria=["diverse"], max_kept=1, ratio=.25,
                                understanding_settings=tiny, joint_settings=tiny, num_threads=1, progress=False), tmp_path/"runs", "tiny", progress=False)
     summary = run.summary(); assert {"accuracy_stage1", "accuracy", "fid", "lpips", "emo_a", "sem_c", "sem_d", "accuracy_stage3"} <= set(summary) and not summary["dry"] and len(list((run.dir/"images").glob("*.png"))) == 16
+    shutil.rmtree(run.dir/"checkpoints/joint"); run._set(status="interrupted"); again = resume(run, progress=False); assert again.summary() == summary       # killed before stage 2 had saved anything: its mappers begin as before
     (run.dir/"images/awe-0-1.png").unlink(); kept = (run.dir/"images/fear-0-0.png").stat().st_mtime_ns; run._set(status="interrupted"); again = resume(run, progress=False)
     assert (run.dir/"images/awe-0-1.png").exists() and (run.dir/"images/fear-0-0.png").stat().st_mtime_ns == kept and again.summary()["fid"] == pytest.approx(summary["fid"], rel=1e-3)
 

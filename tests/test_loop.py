@@ -1,9 +1,11 @@
 "The store of stages, joint training that is interrupted, and tiny runs of the experiments that are built on them."
 import json, multiprocessing, os, shutil, time
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 
 from uniemo.data import EmoSet, View, check
+from uniemo.emotions import MIKELS
 from uniemo.joint import JointConfig, flip_together
 from uniemo.loop import Store, candidates, inversion, joint, kept, metrics_of, prompted, read_candidates, respaced, settings_of, understanding
 from uniemo.mini import write_emoset
@@ -261,3 +263,18 @@ def test_feedback(tmp_path):
 
 def test_controls(tmp_path):
     run = start("controls", dict(intensities=[0., 1.], quarters=[0., .5], strengths=[.5], num_images=1, num_inference_steps=1, num_threads=1), tmp_path, progress=False); assert {"spearman_intensity", "plane_accuracy", "kept_last"} <= set(run.summary())
+
+def test_numbers_and_names_stay_what_they_were(store, tmp_path):
+    "An emotion '0' or a scene 'None' is text when it comes back; a kept set of other data is refused; without criteria what is too much has a reason."
+    from uniemo.filtering import filter_summary, read_table
+    from uniemo.loop import _check_numbers, load_world, name_shares
+    t = pd.DataFrame(dict(emotion=["0", "1"], scene=["None", "NA"], object=[None, "cat"], confidence=[.5, None], reason=["", "copy"], seed=[1, 2])); t.to_csv(tmp_path / "table.csv", index=False)
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 4, 4, 3), np.uint8)); back = read_candidates(tmp_path)[1]
+    assert back.emotion.tolist() == ["0", "1"] and back.scene.tolist() == ["None", "NA"] and back.object.isna().tolist() == [True, False] and back.reason.tolist() == ["", "copy"] and back.seed.tolist() == [1, 2] and back.confidence.isna().tolist() == [False, True]
+    for again in (back, pd.read_csv(tmp_path / "table.csv", dtype={"emotion": str})): assert filter_summary(again, ("0", "1")).loc["all", ["candidates", "kept", "copy"]].tolist() == [2, 1, 1]
+    world = load_world(DATA); z = dict(label=np.array([0, 1]), scene=np.array([0, 3]), objects=np.zeros((2, len(world.names["object"])), bool)); pd.DataFrame(dict(emotion=MIKELS.names[:2])).to_csv(tmp_path / "kept.csv", index=False)
+    _check_numbers(tmp_path, z, world)
+    for wrong, says in ((dict(label=np.array([1, 0])), "emotion 'amusement'"), (dict(scene=np.array([0, 999])), "scenes"), (dict(objects=np.zeros((2, 3), bool)), "objects")):
+        with pytest.raises(ValueError, match=f"its {says} are not numbered as in the data.*'emoset'"): _check_numbers(tmp_path, z | wrong, world)
+    own = SimpleNamespace(annotations=lambda split: pd.DataFrame(dict(emotion=["joy", "joy"], scene=["beach", "street"], object=[["cat", "dog", "cup"], ["cat"]])), names=dict(scene=("beach", "street"), object=("cat", "dog", "cup")), emotions=SimpleNamespace(names=("joy",)))
+    assert name_shares(own, "scene")[:, 0].tolist() == [.5, .5] and name_shares(own, "object")[:, 0].tolist() == [.5, .25, .25]                # an image with three objects is one image of its scene

@@ -185,6 +185,7 @@ def _measure(stage, config, diffusion, batch, passes, names, dtype):
             gradients, work = train_step(s, lambda: random_batch(config, batch, vae_size, names), passes, dtype)
             if getattr(s, "bridge", None) is not None: rows["bridge"] = sum(q.numel() for q in s.bridge.parameters()), _weights(s.bridge)
         for n, m in p.modules().items(): rows[n] = sum(q.numel() for q in m.parameters()), _weights(m)
+    if stage != "generation" and config.ema_decay: rows["average"] = 0, 8 * trained                  # it, and what it takes the place of in validation
     return {**rows, "optimiser": (2 * trained, 8 * trained), "gradients": (trained, gradients), "activations": (0, work)}
 
 # %% ../nbs/15c_estimate.ipynb #cell-23
@@ -196,6 +197,8 @@ def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), diffusio
     stages = stages or (STAGES if not given else STAGES[1:] if isinstance(config, JointConfig) else STAGES[:1])
     for kind, asked, known in (("stage", stages, STAGES), ("precision", precisions, PRECISIONS), ("device", [device], PROGRAM)):
         if wrong := [a for a in asked if a not in known]: raise ValueError(f"unknown {kind} {wrong[0]!r}; known: {', '.join(known)}")
+    if given and (settings or understanding_settings or joint_settings): raise ValueError("settings change a preset, given by its name; change a configuration itself: dataclasses.replace(config, ...)")
+    if given and (bad := [s for s in stages if isinstance(config, JointConfig) == (s == "understanding")]): raise ValueError(f"{type(config).__name__} is not the configuration of stage {bad[0]!r}, which takes {'UnderstandingConfig' if bad[0] == 'understanding' else 'JointConfig'}")
     table, own = {}, _known(settings)
     for stage in stages:
         kind, of_stage = (UnderstandingConfig, understanding_settings) if stage == "understanding" else (JointConfig, joint_settings)
@@ -206,7 +209,7 @@ def estimate(config="paper", stages=None, precisions=tuple(PRECISIONS), diffusio
             rows = _measure(stage, c, own_diffusion, num_images if stage == "generation" else micro, passes, names, PRECISIONS[precision])
             if processes > 1 and stage != "generation": rows["exchange"] = (0, rows["optimiser"][1] / 2)        # the processes' buckets hold every gradient once more
             rows["program"] = 0, PROGRAM[device]; columns[f"{precision} GB"] = {k: v[1] / 1e9 for k, v in rows.items()}
-        t = pd.DataFrame({"parameters": {k: v[0] for k, v in rows.items()}, **columns}); modules = [k for k in t.index if k not in ("optimiser", "gradients", "activations", "exchange", "program")]
+        t = pd.DataFrame({"parameters": {k: v[0] for k, v in rows.items()}, **columns}); modules = [k for k in t.index if k not in ("optimiser", "average", "gradients", "activations", "exchange", "program")]
         t.loc["all"] = t.sum(); t.loc["all", "parameters"] = t.loc[modules, "parameters"].sum(); table[f"{stage}, {num_images if stage == 'generation' else micro} images"] = t.astype({"parameters": int})
     out = pd.concat(table, names=["stage", "part"]); out.attrs = dict(device=device, processes=processes, backbone=c.backbone, diffusion=own_diffusion); return out
 

@@ -27,7 +27,7 @@ from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
 from .data import EmoSet, EmotionTable, View, eval_transform, fold, mixing_weights, three_splits, training_images
 from .emotions import MIKELS
-from .filtering import CRITERIA, SCORES, filter_candidates, fit_thresholds, gather_evidence, label_columns, shown_names, write_kept
+from .filtering import CRITERIA, SCORES, filter_candidates, fit_thresholds, gather_evidence, label_columns, read_table, shown_names, write_kept
 from .foundation import load_clip, load_diffusion, mini_folder
 from .fusion import PseudoWordMapper
 from .generation_metrics import evaluate_generation, mini_networks
@@ -195,7 +195,7 @@ def understanding(folder, data, config, backbone="mini", extra=None, ratio=.5, e
     text_dim = next((t.shape[1] for t in text.values() if t is not None), None)
     model = ExpertQueryModel(b, config.num_queries, num_classes=len(world.emotions), class_names=list(world.emotions.names), head_width=config.head_width, head_inputs=config.head_inputs, text_dim=text_dim)
     stage, train, weights = UnderstandingStage(model, config, text["scene"], text["object"]), {k: v for k, v in world["train"].items() if k != "images"}, None
-    if extra is not None: train, weights = with_extra(train, _kept_tensors(extra, view, world), ratio, extra_weight)
+    if extra is not None: config = config.in_steps(len(train["label"])); train, weights = with_extra(train, _kept_tensors(extra, view, world), ratio, extra_weight)
     sets = {k: {n: v for n, v in world[k].items() if n != "images"} for k in ("val", "test")}
     trainer = Trainer(stage, config, MemoryData(train, random_crops(config.crop_scale)), sets["val"], folder=Path(folder) / "checkpoints", weights=weights, run=run, progress=progress).fit()
     best = trainer.load_best(); found = {k: trainer.predict(v) for k, v in sets.items()}
@@ -262,7 +262,7 @@ def candidates(folder, pipeline, num_per_emotion=40, seed=0, prompt="<emotion>",
     np.savez_compressed(Path(folder) / "images.npz", images=np.stack(images)); table = pd.concat(rows, ignore_index=True); table.to_csv(Path(folder) / "table.csv", index=False)
     _write(folder, images=len(images), own_accuracy=float((table.predicted == table.emotion).mean()), **(dict(left_out=left_out) if left_out else {}))
 
-def read_candidates(folder): "Images uint8 [n, H, W, 3] and their table."; return np.load(Path(folder) / "images.npz")["images"], pd.read_csv(Path(folder) / "table.csv")
+def read_candidates(folder): "Images uint8 [n, H, W, 3] and their table."; return np.load(Path(folder) / "images.npz")["images"], read_table(Path(folder) / "table.csv")
 
 # %% ../nbs/15b_loop.ipynb #cell-17
 def _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size, left_out=()):
@@ -279,7 +279,7 @@ def _paint(folder, pipe, jobs, num_inference_steps, guidance_scale, batch_size, 
 def name_shares(world, kind, true=False):
     "P(name | emotion) [names, E]: counted in the training annotations, or the mini world's own. NaN for an emotion of which no image names any."
     if true: return true_table(kind).to_numpy()
-    notes = world.annotations("train").explode("object"); t = pd.crosstab(notes[kind], notes.emotion).reindex(index=world.names[kind], columns=list(world.emotions.names), fill_value=0).to_numpy(float)
+    notes = world.annotations("train"); notes = notes.explode("object") if kind == "object" else notes; t = pd.crosstab(notes[kind], notes.emotion).reindex(index=world.names[kind], columns=list(world.emotions.names), fill_value=0).to_numpy(float)
     return np.divide(t, t.sum(0), out=np.full_like(t, np.nan), where=t.sum(0) > 0)
 
 def prompted(folder, data, true=False, num_per_emotion=40, seed=0, diffusion="mini", num_inference_steps=20, guidance_scale=4., batch_size=16):
@@ -306,8 +306,8 @@ def inversion(folder, data, config, num_per_emotion=40, seed=0, diffusion="mini"
 # %% ../nbs/15b_loop.ipynb #cell-19
 def scores(folder, data, candidates, real="test", as_released=False):
     "All generation metrics of the folder `candidates` by the mini world's networks, against its `real` split: `scores.csv`."
-    images, table = read_candidates(candidates); world = load_world(data); named = "scene" in table and table.scene.notna().all()
-    prompts = [caption(fold(s), [fold(o)]) for s, o in zip(table.scene, table.object)] if named else None
+    images, table = read_candidates(candidates); world = load_world(data); said = {k: [fold(n) for n in table[k]] if k in table and table[k].notna().all() else None for k in ("scene", "object")}
+    prompts = [caption(said["scene"] and said["scene"][i], [said["object"][i]] if said["object"] else []) for i in range(len(table))] if any(said.values()) else None
     out = evaluate_generation(images, list(table.emotion), world[real]["images"].permute(0, 2, 3, 1).numpy(), prompts=prompts, emotion_set=world.emotions, as_released=as_released, **mini_networks())
     out.to_csv(Path(folder) / "scores.csv"); _write(folder, **out.value.to_dict())
 
@@ -348,8 +348,11 @@ def kept(folder, data, encoder, candidates, how=CRITERIA, max_kept=20, names="sh
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"no candidate kept for .* \(0 candidates")      # an emotion that nobody asked for
             found = filter_candidates(seen, real, thresholds, max_kept, criteria=tuple(how), **settings)
-    else: found = pd.concat([table.assign(kept=table.groupby("emotion").cumcount() < max_kept, reason=""), shown_names(seen)], axis=1)
+    else:
+        nth = table.groupby("emotion").cumcount(); first = nth < max_kept
+        found = pd.concat([table.assign(kept=first, reason=np.where(first, "", "surplus"), detail=np.where(first, "", [f"{max_kept} of {e} are kept" for e in table.emotion]), rank=nth.where(first, -1)), shown_names(seen)], axis=1)
     if not named: found = found.drop(columns=["attribute", "margin", "shown_"], errors="ignore")
+    columns = {k: c if c in found else f"shown_{k}" for k, c in columns.items()}             # a free word retrieves no names
     found.to_csv(Path(folder) / "table.csv", index=False); keep = found.kept.to_numpy(); mine = found[keep]
     learnt = dict(label=labels[keep])
     if world.names["scene"]: learnt["scene"] = np.array([world.names["scene"].index(n) for n in mine[columns["scene"]]], dtype=np.int64)
@@ -363,7 +366,17 @@ def _kept_tensors(folder, view, world=None):
     if not (Path(folder) / "kept.npz").exists(): return _renumbered(folder, view, world)
     z = dict(np.load(Path(folder) / "kept.npz")); images = torch.from_numpy(z.pop("images")).permute(0, 3, 1, 2)
     if not len(images): raise ValueError(f"{folder}: nothing was kept, so there is no image to add; keep some (more candidates, fewer criteria in `how`), or leave `extra` out")
+    if world is not None: _check_numbers(folder, z, world)
     return dict(pixel_values=torch.stack([view(i[None]) for i in images]), **{k: torch.from_numpy(v) for k, v in z.items()})
+
+def _check_numbers(folder, z, world):
+    "Refuse a kept set whose numbers `z` do not mean the names of `world`."
+    other, names = None, read_table(Path(folder) / "kept.csv").emotion if (Path(folder) / "kept.csv").exists() else ()
+    for n, k in zip(names, z["label"]):
+        if n not in world.emotions.names or world.emotions.index(n) != k: other = f"emotion {n!r}"; break
+    if "scene" in z and z["scene"].max() >= len(world.names["scene"] or ()): other = other or "scenes"
+    if "objects" in z and z["objects"].shape[1] != len(world.names["object"] or ()): other = other or "objects"
+    if other: raise ValueError(f"{folder}: its {other} are not numbered as in the data: it was kept for other ones; give its folder 'emoset', which is read by name")
 
 def _renumbered(folder, view, world):
     "Training tensors of the data set `folder`, labels and names numbered as in `world`."

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['check_predictions', 'confusion_matrix', 'per_class', 'accuracy', 'polarity_accuracy', 'macro_f1', 'wheel_distance',
            'calibration_bins', 'calibration_error', 'with_temperature', 'fit_temperature', 'vote_divergence',
-           'Interval', 'bootstrap', 'scores', 'evaluate', 'evaluate_classes', 'mean_interval', 'difference',
-           'differences', 'pointing', 'pointing_table', 'class_attention', 'twin_images', 'expert_movement']
+           'Interval', 'bootstrap', 'scores', 'evaluate', 'evaluate_classes', 'proportion', 'mean_interval',
+           'difference', 'differences', 'pointing', 'pointing_table', 'class_attention', 'twin_images',
+           'expert_movement']
 
 # %% ../nbs/10_metrics.ipynb #cell-03
 import warnings
@@ -160,6 +161,12 @@ def evaluate_classes(labels, probabilities, emotions=MIKELS, metric="recall", n=
     return bootstrap(one, y, guess, n=n, level=level, seed=seed).assign(support=np.bincount(y, minlength=len(emotions)))
 
 # %% ../nbs/10_metrics.ipynb #cell-35
+def proportion(right, level=.95):
+    "Wilson's `Interval` of a share, of `right` [N] (bool, or 0 and 1): not empty where none or all are right, as the bootstrap's is."
+    v = _array(right).astype(float)
+    if v.ndim != 1 or not len(v) or not np.isin(v, (0, 1)).all(): raise ValueError(f"a share is of at least one value, each 0 or 1, not {v.tolist()[:5]}")
+    low, high = stats.binomtest(int(v.sum()), len(v)).proportion_ci(level, "wilson"); return Interval(float(v.mean()), float(low), float(high), level)
+
 def mean_interval(values, method="t", level=.95, seed=0):
     "`Interval` of the mean of a few values (one a seed): `method` 't' (Student) or 'bootstrap' (percentile, too narrow for few)."
     v = _array(values).astype(float)

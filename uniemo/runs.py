@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PACKAGE', 'write_atomic', 'write_json', 'read_json', 'Parameter', 'read_parameters', 'coerce', 'nearest',
-           'check_parameters', 'experiments', 'find_notebook', 'describe', 'git_commit', 'device_info', 'environment',
-           'Run', 'new_run', 'show_metrics', 'Watch', 'RunFailed', 'Terminated', 'start', 'resume', 'runs_dir_of',
-           'all_runs', 'find_run', 'main_metric', 'list_runs', 'compare', 'published', 'earlier_rows']
+           'at_least', 'check_parameters', 'experiments', 'find_notebook', 'describe', 'git_commit', 'device_info',
+           'environment', 'Run', 'new_run', 'show_metrics', 'Watch', 'RunFailed', 'Terminated', 'start', 'resume',
+           'runs_dir_of', 'all_runs', 'find_run', 'main_metric', 'list_runs', 'compare', 'published', 'earlier_rows']
 
 # %% ../nbs/17_runs.ipynb #cell-03
 import ast, difflib, io, json, logging, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time, tokenize, warnings
@@ -33,9 +33,15 @@ def write_atomic(path, data):
         tmp.write_bytes(data.encode() if isinstance(data, str) else data); os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
+def _finite(value):
+    "`value` with None in the place of NaN and infinity, which JSON does not know."
+    if isinstance(value, dict): return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list): return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 def write_json(path, value):
-    "Write `value` as indented JSON, atomically; numpy and torch numbers become plain numbers."
-    write_atomic(path, json.dumps(value, indent=1, default=_plain_number) + "\n")
+    "Write `value` as indented JSON, atomically; numpy and torch numbers become plain numbers, NaN and infinity null."
+    write_atomic(path, json.dumps(_finite(json.loads(json.dumps(value, default=_plain_number))), indent=1) + "\n")
 
 def read_json(path, default=None):
     "The JSON value in `path`, or `default` where there is no such file; a `ValueError` names a file that is no JSON."
@@ -141,7 +147,7 @@ def _fits(kind, v):
 def coerce(p, value):
     "`value`, text or plain data, as parameter `p`'s kind; a `ValueError` names parameter, value and what is wanted."
     wanted = p.kind + (f" of {p.item}" if p.item and p.kind == "list" else "") + (" or None" if p.optional else "")
-    how = {"bool": "; write true or false", "list": "; write JSON, as [1, 2]", "dict": '; write JSON, as {"a": 1}'}.get(p.kind, "")
+    how = {"bool": "; write true or false", "list": '; write JSON, as ["a", "b"]' if p.item == "str" else "; write JSON, as [1, 2]", "dict": '; write JSON, as {"a": 1}'}.get(p.kind, "")
     refuse = ValueError(f"parameter {p.name}: {value!r} is no {wanted}{how} ({'computed by default' if p.computed else f'default {p.default!r}'})")
     v = value
     if isinstance(v, str) and p.optional and v in ("None", "null"): v = None
@@ -157,6 +163,11 @@ def coerce(p, value):
 def nearest(name, known):
     "The one of `known` names that looks most like `name`, or None."
     return next(iter(difflib.get_close_matches(name, list(known), 1, 0.0)), None)
+
+def at_least(least, **values):
+    "Refuse parameters below `least`, by name, before the work that they would break."
+    for k, v in values.items():
+        if v is not None and v < least: raise ValueError(f"{k} must be at least {least}, not {v}")
 
 def check_parameters(known, given):
     "`given` values as their parameters' kinds, `{name: value}`; unknown names and ill-typed values raise a `ValueError`."

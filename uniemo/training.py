@@ -10,7 +10,7 @@ __all__ = ['FREE', 'Settings', 'settings', 'TrainConfig', 'seed_all', 'balanced'
 # %% ../nbs/12_training.ipynb #cell-03
 import hashlib, json, math, os, random, shutil, warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -92,6 +92,12 @@ class TrainConfig(Settings):
             if v is not None and v <= 0: raise ValueError(f"{k} must be above 0, not {v}")
         if self.mixed_precision not in ("no", "fp16", "bf16", "auto"): raise ValueError(f"mixed_precision must be 'no', 'fp16', 'bf16' or 'auto', not {self.mixed_precision!r}")
         if not 0 <= self.warmup < 1: raise ValueError(f"warmup is a share of all steps, from 0 to below 1, not {self.warmup}")
+
+    def num_steps(self, n): "Optimiser steps with `n` training images."; return self.steps or max(1, round(self.epochs * n / self.batch_size))
+
+    def in_steps(self, n):
+        "The same settings with length and validation in steps, those of `n` training images: for a training that is joined by others and shall be no longer."
+        return replace(self, steps=self.num_steps(n), epochs=None, eval_every=self.eval_every or math.ceil(n / self.batch_size))
 
 # %% ../nbs/12_training.ipynb #cell-13
 def seed_all(*key, device=None):
@@ -235,7 +241,7 @@ class Trainer:
         self.collate = collate or getattr(train, "collate", None)
         self.micro, self.passes = split_batch(config.batch_size, config.micro_batch, self.world)
         self.order, self.epoch_steps = Order(len(self.train_data), config.seed, weights), math.ceil(len(self.train_data) / config.batch_size)
-        self.steps = config.steps or max(1, round(config.epochs * len(self.train_data) / config.batch_size))
+        self.steps = config.num_steps(len(self.train_data))
         self.step, self.pending, self.window, self.history, self.averaged = 0, [], [], [], nullcontext
         self._prepare()
         own = [Log(), *([MovingAverage()] if config.ema_decay else []), *([Validate()] if valid is not None else []), *([Checkpoint()] if folder else [])]

@@ -325,6 +325,20 @@ SYSTEM = ("thumbs.db", "desktop.ini")                     # what Windows leaves 
 def _folders(path): return sorted(Path(e.path) for e in os.scandir(path) if not e.name.startswith(".") and e.is_dir())
 def _images(path): return sorted(e.name for e in os.scandir(path) if not e.name.startswith(".") and e.name.lower().endswith(SUFFIXES) and not e.is_dir())
 
+def _same(name):
+    "What two spellings of one label share."
+    return " ".join(str(name).casefold().split())
+
+def _spellings(cells, same=_same):
+    "The names in a column: what their spellings share -> the spellings, the commonest first."
+    counts, out = collections.Counter(str(v) for v in cells if v is not None), {}
+    for v in sorted(counts, key=lambda v: (-counts[v], v)): out.setdefault(same(v), []).append(v)
+    return out
+
+def _alike(names, known):
+    "Pairs (name, one of `known` that it may be a misspelling of)."
+    pairs = [(n, next(iter(difflib.get_close_matches(n, [k for k in known if k != n], 1, .85)), None)) for n in names]; return [p for p in pairs if p[1]]
+
 # %% ../nbs/01_data.ipynb #cell-38
 class EmotionFolder(EmotionData):
     "`root/[split/]emotion/*.{jpg,jpeg,png,webp}`. `emotions`: an `EmotionSet`; without it Mikels' eight if the folders bear these names, else the names sorted. `.ignored`: files that are not read."
@@ -384,21 +398,7 @@ def _names_of(value):
     if any(isinstance(v, list | dict | None) for v in names): raise ValueError("a list of names holds no lists")
     return [str(v) for v in names]
 
-def _same(name):
-    "What two spellings of one label share."
-    return " ".join(str(name).casefold().split())
-
-def _spellings(cells, same=_same):
-    "The names in a column: what their spellings share -> the spellings, the commonest first."
-    counts, out = collections.Counter(str(v) for v in cells if v is not None), {}
-    for v in sorted(counts, key=lambda v: (-counts[v], v)): out.setdefault(same(v), []).append(v)
-    return out
-
 COLUMNS = ("path", "image", "image_path", "filename", "label", "emotion", "split", "valence", "arousal", "scene", "objects", "object")       # of a table, beside votes
-
-def _alike(names, known):
-    "Pairs (name, one of `known` that it may be a misspelling of)."
-    pairs = [(n, next(iter(difflib.get_close_matches(n, [k for k in known if k != n], 1, .85)), None)) for n in names]; return [p for p in pairs if p[1]]
 
 # %% ../nbs/01_data.ipynb #cell-41a
 class EmotionTable(EmotionData):

@@ -572,7 +572,7 @@ def test_what_looks_misspelt_is_named(folder, tmp_path):
     assert len(d.emotions) == 3 and "'amusemnt' is much like 'amusement'" in said and "column 'scenes' is not read, did you mean 'scene'?" in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        EmotionTable(table(folder, label=["calm", "joy", "rage"], source=["x", "y", "z"]))
+        EmotionTable(table(folder, label=["calm", "joy", "rage"], source=["x", "y", "z"])); EmotionTable(table(folder, label=["class1", "class2", "class10"]))
         d = EmotionTable(table(folder, Label=["awe", "awe", "fear"], Scene=["a", "b", "c"], Split=["Train", "Dev", "TEST"]))          # columns and splits in any case
         assert d.scene_names == ("a", "b", "c") and {k: len(v) for k, v in three_splits(folder / "t.csv").items()} == dict(train=1, val=1, test=1)
     for text, says in (("path;label\na.jpg;joy\n", "part columns by commas"), ("path,emotoin\na.jpg,joy\n", "'label' or 'emotion'.*columns in it: path, emotoin"), ("path,label\n", "bad.csv: no image")):

@@ -90,3 +90,14 @@ def test_measured_within_a_fifth():
     for row in json.loads(path.read_text())["rows"]:
         c = JointConfig.preset("paper", epochs=None, steps=2, batch_size=1, mixed_precision="no", cpu=True)
         now = estimate(c, (row["stage"],), ("fp32",), device="cpu", num_images=1)["fp32 GB"].iloc[-1]; assert now == pytest.approx(row["peak GB"], rel=.2) and row["peak GB"] < 20
+
+
+def test_a_configuration_is_taken_as_it_is():
+    "Settings change presets only; each stage has its own kind of configuration; a moving average takes its memory."
+    first = UnderstandingConfig.preset("mini")
+    with pytest.raises(ValueError, match="dataclasses.replace"): estimate(first, batch_size=1024)
+    with pytest.raises(ValueError, match="dataclasses.replace"): estimate(first, understanding_settings=dict(batch_size=1024))
+    with pytest.raises(ValueError, match="UnderstandingConfig is not the configuration of stage 'joint', which takes JointConfig"): estimate(first, ("joint",))
+    with pytest.raises(ValueError, match="JointConfig is not the configuration of stage 'understanding'"): estimate(JointConfig.preset("mini"), ("understanding",))
+    without, with_average = (estimate("mini", ("understanding",), ("fp32",), understanding_settings=dict(ema_decay=d)) for d in (None, .999)); column = "fp32 GB"
+    assert with_average[column].xs("average", level="part").iloc[0] == without[column].xs("optimiser", level="part").iloc[0] > 0 and with_average[column].xs("all", level="part").iloc[0] > without[column].xs("all", level="part").iloc[0]

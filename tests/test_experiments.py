@@ -43,6 +43,8 @@ def test_understanding_with_extra_images(tmp_path, in_memory):
     data, more = (write_emoset(tmp_path/n, k, seed=k, workers=1, progress=False) for n, k in (("data", 160), ("more", 48)))
     run = start("understanding", dict(TINY, data=str(data), extra=str(more/"image"), ratio=.25, extra_weight=.5, in_memory=in_memory), tmp_path/"runs", progress=False)
     assert run.summary()["extra_images"] == 48 and run.summary()["images"] == len(EmoSet(data, "train"))
+    if in_memory:
+        with pytest.raises(RunFailed, match="images of .* are in the split 'val' too.*learnt by heart"): start("understanding", dict(TINY, data=str(data), extra=str(data/"image")), tmp_path/"runs", progress=False)
     with pytest.raises(RunFailed, match="no emotion of the data that it should join"): (more/"image/awe").rename(more/"image/joy"); start("understanding", dict(TINY, data=str(data), extra=str(more/"image")), tmp_path/"runs", progress=False)
 
 def test_experts_goes_on_where_it_was_stopped(tmp_path):
@@ -124,3 +126,9 @@ def test_feedback_rows(cells, tmp_path):
     cells("feedback", shown, g); g.update(separate=False); before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"]); before[before.kept.ne(0)].to_csv(g["run"].dir/"results.csv", index=False)
     with pytest.raises(AssertionError): cells("feedback", ["cell-06"], g)                                  # the row that says so is not there, so it is done again
     cells("feedback", ["cell-06", *shown], g, sizes=[32], seeds=[1]); assert g["results"]["round"].max() == 3
+
+@pytest.mark.parametrize("name, params, says", [("quickstart", dict(ratio=2.), "ratio is the share"), ("quickstart", dict(max_kept=0), "max_kept must be at least 1"), ("quickstart", dict(num_per_emotion=0), "num_per_emotion must be at least 1"),
+    ("feedback", dict(ratio=0.), "ratio is the share"), ("feedback", dict(more_rounds={"150": 2}), "size 150, which is not among sizes"), ("feedback", dict(seeds=[]), "at least one of each"), ("feedback", dict(rounds=0), "rounds must be at least 1"),
+    ("emoset", dict(max_kept=-1), "max_kept must be at least 0"), ("emoset", dict(num_images=0), "num_images must be at least 1"), ("emoset", dict(steps=0), "steps must be above 0")])
+def test_parameters_out_of_range_are_refused_at_once(cells, name, params, says):
+    with pytest.raises(ValueError, match=says): cells(name, ["cell-03"], **params)

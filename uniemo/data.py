@@ -320,6 +320,7 @@ def annotation(self: EmoSet, i):
 # %% ../nbs/01_data.ipynb #folder-files
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SYSTEM = ("thumbs.db", "desktop.ini")                     # what Windows leaves in folders of pictures
+_USUAL = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val", test="test", testing="test")        # names of splits -> what they are
 
 def _folders(path): return sorted(Path(e.path) for e in os.scandir(path) if not e.name.startswith(".") and e.is_dir())
 def _images(path): return sorted(e.name for e in os.scandir(path) if not e.name.startswith(".") and e.name.lower().endswith(SUFFIXES) and not e.is_dir())
@@ -374,7 +375,7 @@ class EmotionFolder(EmotionData):
     def splits(root):
         if not Path(root).is_dir(): raise DataError(root, "no such folder", "Give the folder that holds the emotions or the splits")
         subs = _folders(root); inner = {p: sum(len(_images(q)) for q in _folders(p)) for p in subs}; outer = sum(len(_images(p)) for p in subs)
-        usual = any(inner[p] and p.name.lower() in ("train", "training", "val", "valid", "validation", "dev", "test", "testing") for p in subs)
+        usual = any(inner[p] and p.name.lower() in _USUAL for p in subs)
         return [p.name for p in subs if _folders(p)] if usual or sum(inner.values()) >= outer else [None]     # the level that holds more images is that of the emotions
 
 # %% ../nbs/01_data.ipynb #cell-41
@@ -597,8 +598,6 @@ def _summary(root, rows, counts, verbose):
     return table
 
 # %% ../nbs/01_data.ipynb #three-splits
-_USUAL = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val", test="test", testing="test")
-
 def _usual_splits(root):
     "train, val, test -> what the data set at `root` calls it (None: all of it); a `DataError` where two are one, a warning where others are not read."
     own, other = {}, []

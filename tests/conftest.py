@@ -1,10 +1,11 @@
 "Fixtures that several tests use."
+
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from uniemo.runs import find_notebook
+from uniemo.runs.folders import find_notebook
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,17 +14,26 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def shared():
     "Real files and golden numbers beside the checkout; tests that need them skip where they are missing."
     if not SHARED.exists():
-        pytest.skip(f"{SHARED} is missing: real files and golden numbers are not part of the project")
+        pytest.skip(
+            f"{SHARED} is missing: real files and golden numbers are not part of the project"
+        )
     return SHARED
 
 
 @pytest.fixture
 def run_again(tmp_path):
     "Experiment name -> a copy of its notebook in which all cells stand once more: Run All, pressed twice."
+
     def copy(name):
         nb = nbformat.read(find_notebook(name), 4)
-        again = [c for c in nb.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
+        again = [
+            c
+            for c in nb.cells
+            if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])
+        ]
         nb.cells += [nbformat.v4.new_code_cell(c.source) for c in again]
-        path = tmp_path / f"{name}.ipynb"; nbformat.write(nb, path)
+        path = tmp_path / f"{name}.ipynb"
+        nbformat.write(nb, path)
         return path
+
     return copy

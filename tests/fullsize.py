@@ -1,90 +1,273 @@
 """`make fullsize`: the paper's models in full size, with random weights, on photographs. Two joint steps at batch 1 and one generation in three steps, each in a process of its own;
 prints a table of what the operating system measured beside the estimate, and writes it to fullsize.json. `python tests/fullsize.py --config mini` is the same with small models."""
-import argparse, json, os, platform, resource, subprocess, sys, time
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-LIMIT = 20e9                     # bytes that may be used at most
-PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")      # of scikit-image
+LIMIT = 20e9  # bytes that may be used at most
+PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")  # of scikit-image
+
 
 def peak():
     "Largest resident memory of this process so far, in bytes (Linux counts in KiB, macOS in bytes)."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if platform.system() == "Darwin" else 1024
+    )
+
 
 def photographs(size, mean, std, vae_size):
     "Items as a data set gives them, one crop for encoder and autoencoder."
     import torch
     from PIL import Image
     from skimage import data
-    from uniemo.data import joint_transform
+
+    from uniemo.data.sets import joint_transform
+
     view, rows = joint_transform(size, mean, std, vae_size), []
     for k, name in enumerate(PHOTOS):
-        objects = torch.zeros(409); objects[[k, k + 7]] = 1
-        rows.append(dict(view(Image.fromarray(getattr(data, name)())), label=k, scene=k, objects=objects))
+        objects = torch.zeros(409)
+        objects[[k, k + 7]] = 1
+        rows.append(
+            dict(view(Image.fromarray(getattr(data, name)())), label=k, scene=k, objects=objects)
+        )
     return rows
+
 
 def build(config, diffusion):
     import torch
-    from uniemo.estimate import build_parts
-    torch.manual_seed(0); return build_parts(config, diffusion)
+
+    from uniemo.runs.estimate import build_parts
+
+    torch.manual_seed(0)
+    return build_parts(config, diffusion)
+
 
 def joint(config, diffusion, steps):
     "Joint steps by the trainer: seconds of each, and the last loss."
     from uniemo.joint import JointStage
-    from uniemo.training import Callback, Trainer
-    p = build(config, diffusion); c = p.encoder.config; stage = JointStage(p.encoder, p.mapper, p.retriever, p.unet, p.text_encoder, p.tokenizer, p.scheduler, config, p.vae, p.scene_text, p.object_text)
+    from uniemo.train.trainer import Callback, Trainer
+
+    p = build(config, diffusion)
+    c = p.encoder.config
+    stage = JointStage(
+        p.encoder,
+        p.mapper,
+        p.retriever,
+        p.unet,
+        p.text_encoder,
+        p.tokenizer,
+        p.scheduler,
+        config,
+        p.vae,
+        p.scene_text,
+        p.object_text,
+    )
+
     class Clock(Callback):
-        def before_fit(self, t): self.times = [time.perf_counter()]
-        def after_step(self, t): self.times.append(time.perf_counter())
-    clock = Clock(); trainer = Trainer(stage, config, photographs(c.image_size, c.image_mean, c.image_std, config.vae_size), callbacks=[clock], progress=False).fit()
-    return dict(seconds=[b - a for a, b in zip(clock.times, clock.times[1:])], loss=trainer.history[-1]["loss"])
+        def before_fit(self, t):
+            self.times = [time.perf_counter()]
+
+        def after_step(self, t):
+            self.times.append(time.perf_counter())
+
+    clock = Clock()
+    trainer = Trainer(
+        stage,
+        config,
+        photographs(c.image_size, c.image_mean, c.image_std, config.vae_size),
+        callbacks=[clock],
+        progress=False,
+    ).fit()
+    return dict(
+        seconds=[b - a for a, b in zip(clock.times, clock.times[1:])],
+        loss=trainer.history[-1]["loss"],
+    )
+
 
 def generation(config, diffusion, steps):
     "One image in some steps, by the pipeline."
-    import numpy as np, torch
+    import numpy as np
+    import torch
     from diffusers import UniPCMultistepScheduler
+
     from uniemo.pipeline import UniEmoPipeline
     from uniemo.space import fit_space
-    p = build(config, diffusion); c = p.encoder.eval().config; rows = photographs(c.image_size, c.image_mean, c.image_std, config.vae_size)
-    batch = {k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in ("pixel_values", "label")}
-    batch = {"pixel_values": batch["pixel_values"].repeat(4, 1, 1, 1), "label": torch.arange(16) % 8}
+
+    p = build(config, diffusion)
+    c = p.encoder.eval().config
+    rows = photographs(c.image_size, c.image_mean, c.image_std, config.vae_size)
+    batch = {
+        k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in ("pixel_values", "label")
+    }
+    batch = {
+        "pixel_values": batch["pixel_values"].repeat(4, 1, 1, 1),
+        "label": torch.arange(16) % 8,
+    }
     space = fit_space([batch], p.encoder, kind="diagonal")
-    pipe = UniEmoPipeline(p.vae.eval(), p.text_encoder.eval(), p.tokenizer, p.unet.eval(), UniPCMultistepScheduler.from_config(p.scheduler.config), p.encoder, p.mapper.eval(), p.retriever.eval(), space)
-    pipe.set_progress_bar_config(disable=True); times = []
-    made = pipe.generate("awe", 1, num_inference_steps=steps, callback_on_step_end=lambda *args: times.append(time.perf_counter()) or {})
-    return dict(seconds=[b - a for a, b in zip(times, times[1:])], size=list(made.images[0].size), deviation=float(np.asarray(made.images[0]).std()))
+    pipe = UniEmoPipeline(
+        p.vae.eval(),
+        p.text_encoder.eval(),
+        p.tokenizer,
+        p.unet.eval(),
+        UniPCMultistepScheduler.from_config(p.scheduler.config),
+        p.encoder,
+        p.mapper.eval(),
+        p.retriever.eval(),
+        space,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    times = []
+    made = pipe.generate(
+        "awe",
+        1,
+        num_inference_steps=steps,
+        callback_on_step_end=lambda *args: times.append(time.perf_counter()) or {},
+    )
+    return dict(
+        seconds=[b - a for a, b in zip(times, times[1:])],
+        size=list(made.images[0].size),
+        deviation=float(np.asarray(made.images[0]).std()),
+    )
+
 
 def configured(name, **changes):
     from uniemo.joint import JointConfig
-    return JointConfig.preset(name, **{**dict(epochs=None, steps=2, batch_size=1, mixed_precision="no", workers=0, cpu=True, log_every=1, clip_norm=1.), **changes})
+
+    return JointConfig.preset(
+        name,
+        **{
+            **dict(
+                epochs=None,
+                steps=2,
+                batch_size=1,
+                mixed_precision="no",
+                workers=0,
+                cpu=True,
+                log_every=1,
+                clip_norm=1.0,
+            ),
+            **changes,
+        },
+    )
+
 
 def child(args):
     import torch
     from transformers.utils import logging
-    import uniemo.estimate, uniemo.pipeline
-    logging.set_verbosity_error(); torch.set_num_threads(args.threads); program = peak(); start = time.perf_counter(); config = configured(args.config)
-    out = dict(joint=joint, generation=generation)[args.child](config, args.diffusion, 2 if args.child == "joint" else 3)
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    program = peak()
+    start = time.perf_counter()
+    config = configured(args.config)
+    out = dict(joint=joint, generation=generation)[args.child](
+        config, args.diffusion, 2 if args.child == "joint" else 3
+    )
     print(json.dumps(dict(out, program=program, peak=peak(), total=time.perf_counter() - start)))
+
 
 def main(args):
     "Both stages, each in a child; the table, and 0 where all is within its limits."
-    import pandas as pd, psutil, torch
-    from uniemo.estimate import estimate
+    import pandas as pd
+    import psutil
+    import torch
+
+    from uniemo.runs.estimate import estimate
+
     rows, ok = [], True
     for stage, steps in (("joint", 2), ("generation", 3)):
-        t = estimate(configured(args.config), (stage,), ("fp32",), diffusion=args.diffusion, device="cpu", num_images=1)["fp32 GB"]; expected = float(t.iloc[-1])
-        if expected * 1.2e9 > psutil.virtual_memory().available: sys.exit(f"{stage} needs about {expected:.1f} GB, {psutil.virtual_memory().available / 1e9:.1f} GB are free: close something first")
-        command = [sys.executable, __file__, "--child", stage, "--threads", str(args.threads), "--config", args.config, *(["--diffusion", args.diffusion] if args.diffusion else [])]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}, capture_output=True, text=True)
-        if done.returncode: sys.exit(f"{stage} failed:\n{done.stderr[-3000:]}")
-        m = json.loads(done.stdout.splitlines()[-1]); s = m["seconds"]
-        rows.append({"stage": stage, "steps": steps, "peak GB": round(m["peak"] / 1e9, 2), "estimated GB": round(expected, 2), "off by": f"{expected / m['peak'] * 1e9 - 1:+.0%}", "seconds a step": round(sum(s) / len(s), 1),
-                     "seconds in all": round(m["total"]), "of it program GB": round(m["program"] / 1e9, 2)})
-        ok &= m["peak"] < LIMIT and abs(expected * 1e9 / m["peak"] - 1) <= .2; print(pd.DataFrame(rows[-1:]).to_string(index=False), {k: m[k] for k in ("loss", "size", "deviation") if k in m}, flush=True)
-    if args.out: Path(args.out).write_text(json.dumps(dict(config=args.config, threads=args.threads, torch=torch.__version__, python=platform.python_version(), cores=os.cpu_count(), limit_gb=LIMIT / 1e9, rows=rows), indent=1) + "\n")
-    print("peak below the limit, estimates within 20%" if ok else f"NOT within limits: {LIMIT / 1e9:.0f} GB, and estimates within 20%"); return 0 if ok else 1
+        t = estimate(
+            configured(args.config),
+            (stage,),
+            ("fp32",),
+            diffusion=args.diffusion,
+            device="cpu",
+            num_images=1,
+        )["fp32 GB"]
+        expected = float(t.iloc[-1])
+        if expected * 1.2e9 > psutil.virtual_memory().available:
+            sys.exit(
+                f"{stage} needs about {expected:.1f} GB, {psutil.virtual_memory().available / 1e9:.1f} GB are free: close something first"
+            )
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            stage,
+            "--threads",
+            str(args.threads),
+            "--config",
+            args.config,
+            *(["--diffusion", args.diffusion] if args.diffusion else []),
+        ]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            sys.exit(f"{stage} failed:\n{done.stderr[-3000:]}")
+        m = json.loads(done.stdout.splitlines()[-1])
+        s = m["seconds"]
+        rows.append(
+            {
+                "stage": stage,
+                "steps": steps,
+                "peak GB": round(m["peak"] / 1e9, 2),
+                "estimated GB": round(expected, 2),
+                "off by": f"{expected / m['peak'] * 1e9 - 1:+.0%}",
+                "seconds a step": round(sum(s) / len(s), 1),
+                "seconds in all": round(m["total"]),
+                "of it program GB": round(m["program"] / 1e9, 2),
+            }
+        )
+        ok &= m["peak"] < LIMIT and abs(expected * 1e9 / m["peak"] - 1) <= 0.2
+        print(
+            pd.DataFrame(rows[-1:]).to_string(index=False),
+            {k: m[k] for k in ("loss", "size", "deviation") if k in m},
+            flush=True,
+        )
+    if args.out:
+        Path(args.out).write_text(
+            json.dumps(
+                dict(
+                    config=args.config,
+                    threads=args.threads,
+                    torch=torch.__version__,
+                    python=platform.python_version(),
+                    cores=os.cpu_count(),
+                    limit_gb=LIMIT / 1e9,
+                    rows=rows,
+                ),
+                indent=1,
+            )
+            + "\n"
+        )
+    print(
+        "peak below the limit, estimates within 20%"
+        if ok
+        else f"NOT within limits: {LIMIT / 1e9:.0f} GB, and estimates within 20%"
+    )
+    return 0 if ok else 1
+
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__); p.add_argument("--child", choices=["joint", "generation"]); p.add_argument("--threads", type=int, default=os.cpu_count()); p.add_argument("--config", default="paper")
-    p.add_argument("--diffusion"); p.add_argument("--out")
-    a = p.parse_args(); a.diffusion = a.diffusion or ("mini" if a.config == "mini" else "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--child", choices=["joint", "generation"])
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--config", default="paper")
+    p.add_argument("--diffusion")
+    p.add_argument("--out")
+    a = p.parse_args()
+    a.diffusion = a.diffusion or (
+        "mini" if a.config == "mini" else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
     sys.exit(child(a) if a.child else main(a))

@@ -1,103 +1,262 @@
 "The models of the paper in full size, stage by stage, as tensors without memory; and the estimate against a real allocator."
-import json, os, subprocess, sys
+
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from transformers.utils import logging
-from uniemo.cli import main
-from uniemo.estimate import CLIP, SD, STAGES, Alive, _fake, build_parts, estimate, generate_step, random_batch, read_config, stand_in_tokenizer, train_step
+
 from uniemo.joint import JointConfig, JointStage
+from uniemo.runs.cli import main
+from uniemo.runs.estimate import (
+    CLIP,
+    SD,
+    Alive,
+    _fake,
+    build_parts,
+    estimate,
+    generate_step,
+    random_batch,
+    read_config,
+    stand_in_tokenizer,
+    train_step,
+)
 from uniemo.understanding import UnderstandingConfig, UnderstandingStage
 
 logging.set_verbosity_error()
-MILLIONS = dict(encoder=330.80, unet=859.52, text_encoder=123.06, vae=83.65, mapper=5.51)       # CLIP ViT-L/14's image tower has 303.2 of the encoder's
+MILLIONS = dict(
+    encoder=330.80, unet=859.52, text_encoder=123.06, vae=83.65, mapper=5.51
+)  # CLIP ViT-L/14's image tower has 303.2 of the encoder's
+
 
 @pytest.fixture(scope="module")
 def paper():
-    with _fake(): yield build_parts(JointConfig.preset("paper"), SD)
+    with _fake():
+        yield build_parts(JointConfig.preset("paper"), SD)
 
-def count(module): return sum(p.numel() for p in module.parameters()) / 1e6
+
+def count(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
 
 def test_sizes_are_those_of_the_models(paper):
-    for name, n in MILLIONS.items(): assert count(getattr(paper, name)) == pytest.approx(n, abs=.01), name
-    assert count(paper.encoder.backbone) == pytest.approx(303.18, abs=.01) and paper.encoder.split == (8, 16) and len(paper.tokenizer) == 49408
+    for name, n in MILLIONS.items():
+        assert count(getattr(paper, name)) == pytest.approx(n, abs=0.01), name
+    assert (
+        count(paper.encoder.backbone) == pytest.approx(303.18, abs=0.01)
+        and paper.encoder.split == (8, 16)
+        and len(paper.tokenizer) == 49408
+    )
+
 
 def test_understanding(paper):
     "One step of stage 1 at batch 2: shapes, and gradients for everything that is trained."
     c = UnderstandingConfig.preset("paper")
     with _fake():
-        stage = UnderstandingStage(paper.encoder, c, paper.scene_text, paper.object_text); out = stage.model(torch.randn(2, 3, 224, 224))
-        assert out.logits.shape == (2, 8) and out.scene_features.shape == (2, 1024) and out.scene_attentions.shape == (2, 16, 32, 257)
+        stage = UnderstandingStage(paper.encoder, c, paper.scene_text, paper.object_text)
+        out = stage.model(torch.randn(2, 3, 224, 224))
+        assert (
+            out.logits.shape == (2, 8)
+            and out.scene_features.shape == (2, 1024)
+            and out.scene_attentions.shape == (2, 16, 32, 257)
+        )
         gradients, work = train_step(stage, lambda: random_batch(c, 2))
-        stage(random_batch(c, 2))["loss"].backward(); assert all(p.grad is not None for p in stage.parameters() if p.requires_grad); stage.zero_grad(set_to_none=True)
+        stage(random_batch(c, 2))["loss"].backward()
+        assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
+        stage.zero_grad(set_to_none=True)
     assert work > 5e8
+
 
 def test_joint(paper):
     "One joint step at batch 1: the gradient of the diffusion loss passes through U-Net and text encoder into mappers and queries, and into nothing else."
-    c = JointConfig.preset("paper", joint_weights=(0., 0., 1.), batch_size=1)
+    c = JointConfig.preset("paper", joint_weights=(0.0, 0.0, 1.0), batch_size=1)
     with _fake():
-        stage = JointStage(paper.encoder, paper.mapper, paper.retriever, paper.unet, paper.text_encoder, paper.tokenizer, paper.scheduler, c, paper.vae, paper.scene_text, paper.object_text)
-        assert stage.bridge is None; batch = random_batch(c, 1, 512); words, found = stage.words(stage.model(batch["pixel_values"]), batch["label"])
-        assert words.shape == (1, 768) and stage.prompt_embeds(words).shape == (1, 77, 768) and stage.latents(batch).shape == (1, 4, 64, 64)
+        stage = JointStage(
+            paper.encoder,
+            paper.mapper,
+            paper.retriever,
+            paper.unet,
+            paper.text_encoder,
+            paper.tokenizer,
+            paper.scheduler,
+            c,
+            paper.vae,
+            paper.scene_text,
+            paper.object_text,
+        )
+        assert stage.bridge is None
+        batch = random_batch(c, 1, 512)
+        words, found = stage.words(stage.model(batch["pixel_values"]), batch["label"])
+        assert (
+            words.shape == (1, 768)
+            and stage.prompt_embeds(words).shape == (1, 77, 768)
+            and stage.latents(batch).shape == (1, 4, 64, 64)
+        )
         stage(batch)["loss"].backward()
     got = {n for n, p in stage.named_parameters() if p.grad is not None}
-    assert any(n.startswith("mapper.mapper_scene") for n in got) and "model.scene_queries" in got and not [n for n in got if n.startswith(("unet", "text_encoder", "vae", "model.backbone", "model.head"))]
+    assert (
+        any(n.startswith("mapper.mapper_scene") for n in got)
+        and "model.scene_queries" in got
+        and not [
+            n
+            for n in got
+            if n.startswith(("unet", "text_encoder", "vae", "model.backbone", "model.head"))
+        ]
+    )
     stage.zero_grad(set_to_none=True)
 
+
 def test_generation(paper):
-    with _fake(): gradients, one = generate_step(paper, 1); _, two = generate_step(paper, 2)
+    with _fake():
+        gradients, one = generate_step(paper, 1)
+        _, two = generate_step(paper, 2)
     assert gradients == 0 and one < two < 2.2 * one
+
 
 def test_fake_tensors_take_what_real_ones_take():
     "Bytes alive in a joint step of the mini world, without and with numbers; the weights themselves, which are viewed often, are not among them."
-    config = JointConfig.preset("mini", batch_size=4, cpu=True); batch = lambda: random_batch(config, 4, 64, (16, 24)); torch.manual_seed(0)
-    with _fake(): fake = train_step(stage_of(config), batch)
-    real = train_step(stage_of(config), batch); assert sum(fake) == pytest.approx(sum(real), rel=.02)
-    layer = torch.nn.Linear(1000, 1000); own = Alive(layer)
-    with own: layer(torch.zeros(1, 1000))
+    config = JointConfig.preset("mini", batch_size=4, cpu=True)
+    batch = lambda: random_batch(config, 4, 64, (16, 24))
+    torch.manual_seed(0)
+    with _fake():
+        fake = train_step(stage_of(config), batch)
+    real = train_step(stage_of(config), batch)
+    assert sum(fake) == pytest.approx(sum(real), rel=0.02)
+    layer = torch.nn.Linear(1000, 1000)
+    own = Alive(layer)
+    with own:
+        layer(torch.zeros(1, 1000))
     assert own.peak < 10_000
+
 
 def stage_of(config):
     p = build_parts(config, "mini", (16, 24))
-    return JointStage(p.encoder, p.mapper, p.retriever, p.unet, p.text_encoder, p.tokenizer, p.scheduler, config, p.vae, p.scene_text, p.object_text)
+    return JointStage(
+        p.encoder,
+        p.mapper,
+        p.retriever,
+        p.unet,
+        p.text_encoder,
+        p.tokenizer,
+        p.scheduler,
+        config,
+        p.vae,
+        p.scene_text,
+        p.object_text,
+    )
+
 
 def test_no_memory_is_taken():
     "28 GB of numbers are estimated in a process that stays small."
-    code = "import resource; from uniemo.estimate import estimate; t = estimate('paper', ('joint',), ('fp32',)); print(t['fp32 GB'].iloc[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
-    pytest.importorskip("resource"); out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}); assert out.returncode == 0, out.stderr
-    estimated, taken = map(float, out.stdout.split()[-2:]); assert estimated > 15 and taken < 1.5
+    code = "import resource; from uniemo.runs.estimate import estimate; t = estimate('paper', ('joint',), ('fp32',)); print(t['fp32 GB'].iloc[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+    pytest.importorskip("resource")
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert out.returncode == 0, out.stderr
+    estimated, taken = map(float, out.stdout.split()[-2:])
+    assert estimated > 15 and taken < 1.5
+
 
 def test_knobs_do_what_they_should():
-    all_of = lambda **kw: estimate("mini", ("joint",), ("fp32",), device="cpu", names=(16, 24), **kw)["fp32 GB"].droplevel(0)
-    base = all_of(); assert all_of(micro_batch=4)["activations"] < .5 * base["activations"] and all_of(gradient_checkpointing=True)["activations"] < base["activations"]
-    more = all_of(train_parts=("backbone", "queries", "heads")); assert more["optimiser"] > base["optimiser"]; assert "exchange" in all_of(processes=2).index
+    all_of = lambda **kw: estimate(
+        "mini", ("joint",), ("fp32",), device="cpu", names=(16, 24), **kw
+    )["fp32 GB"].droplevel(0)
+    base = all_of()
+    assert (
+        all_of(micro_batch=4)["activations"] < 0.5 * base["activations"]
+        and all_of(gradient_checkpointing=True)["activations"] < base["activations"]
+    )
+    more = all_of(train_parts=("backbone", "queries", "heads"))
+    assert more["optimiser"] > base["optimiser"]
+    assert "exchange" in all_of(processes=2).index
     assert base["all"] == pytest.approx(base.drop("all").sum())
 
+
 def test_configurations_and_tokenizer():
-    assert read_config(SD, "text").vocab_size == 49408 and read_config(CLIP, "vision").patch_size == 14
-    t = stand_in_tokenizer(600, 16); assert len(t) == 600 and t("castle", add_special_tokens=False).input_ids
-    with pytest.raises(ValueError, match="vocabulary"): stand_in_tokenizer(10**6)
+    assert (
+        read_config(SD, "text").vocab_size == 49408 and read_config(CLIP, "vision").patch_size == 14
+    )
+    t = stand_in_tokenizer(600, 16)
+    assert len(t) == 600 and t("castle", add_special_tokens=False).input_ids
+    with pytest.raises(ValueError, match="vocabulary"):
+        stand_in_tokenizer(10**6)
+
 
 def test_command(capsys):
-    assert main(["estimate", "mini", "-s", "generation", "--device", "cpu"]) == 0; out = capsys.readouterr().out; assert "generation, 8 images" in out and "unet" in out and "fp32 GB" in out
-    assert main(["estimate", "mini", "-p", "batch_sise", "3"]) == 2 and "batch_size" in capsys.readouterr().err
-    assert main(["estimate", "understanding", "-s", "understanding", "-p", "batch_size", "8", "--device", "cpu"]) == 0 and "understanding, 8 images" in capsys.readouterr().out
+    assert main(["estimate", "mini", "-s", "generation", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "generation, 8 images" in out and "unet" in out and "fp32 GB" in out
+    assert (
+        main(["estimate", "mini", "-p", "batch_sise", "3"]) == 2
+        and "batch_size" in capsys.readouterr().err
+    )
+    assert (
+        main(
+            [
+                "estimate",
+                "understanding",
+                "-s",
+                "understanding",
+                "-p",
+                "batch_size",
+                "8",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+        and "understanding, 8 images" in capsys.readouterr().out
+    )
+
 
 def test_measured_within_a_fifth():
     "What `make fullsize` last measured, against what is estimated now."
     path = Path(__file__).parent / "fullsize.json"
-    if not path.exists(): pytest.skip("make fullsize has not been run yet")
+    if not path.exists():
+        pytest.skip("make fullsize has not been run yet")
     for row in json.loads(path.read_text())["rows"]:
-        c = JointConfig.preset("paper", epochs=None, steps=2, batch_size=1, mixed_precision="no", cpu=True)
-        now = estimate(c, (row["stage"],), ("fp32",), device="cpu", num_images=1)["fp32 GB"].iloc[-1]; assert now == pytest.approx(row["peak GB"], rel=.2) and row["peak GB"] < 20
+        c = JointConfig.preset(
+            "paper", epochs=None, steps=2, batch_size=1, mixed_precision="no", cpu=True
+        )
+        now = estimate(c, (row["stage"],), ("fp32",), device="cpu", num_images=1)["fp32 GB"].iloc[
+            -1
+        ]
+        assert now == pytest.approx(row["peak GB"], rel=0.2) and row["peak GB"] < 20
 
 
 def test_a_configuration_is_taken_as_it_is():
     "Settings change presets only; each stage has its own kind of configuration; a moving average takes its memory."
     first = UnderstandingConfig.preset("mini")
-    with pytest.raises(ValueError, match="dataclasses.replace"): estimate(first, batch_size=1024)
-    with pytest.raises(ValueError, match="dataclasses.replace"): estimate(first, understanding_settings=dict(batch_size=1024))
-    with pytest.raises(ValueError, match="UnderstandingConfig is not the configuration of stage 'joint', which takes JointConfig"): estimate(first, ("joint",))
-    with pytest.raises(ValueError, match="JointConfig is not the configuration of stage 'understanding'"): estimate(JointConfig.preset("mini"), ("understanding",))
-    without, with_average = (estimate("mini", ("understanding",), ("fp32",), understanding_settings=dict(ema_decay=d)) for d in (None, .999)); column = "fp32 GB"
-    assert with_average[column].xs("average", level="part").iloc[0] == without[column].xs("optimiser", level="part").iloc[0] > 0 and with_average[column].xs("all", level="part").iloc[0] > without[column].xs("all", level="part").iloc[0]
+    with pytest.raises(ValueError, match="dataclasses.replace"):
+        estimate(first, batch_size=1024)
+    with pytest.raises(ValueError, match="dataclasses.replace"):
+        estimate(first, understanding_settings=dict(batch_size=1024))
+    with pytest.raises(
+        ValueError,
+        match="UnderstandingConfig is not the configuration of stage 'joint', which takes JointConfig",
+    ):
+        estimate(first, ("joint",))
+    with pytest.raises(
+        ValueError, match="JointConfig is not the configuration of stage 'understanding'"
+    ):
+        estimate(JointConfig.preset("mini"), ("understanding",))
+    without, with_average = (
+        estimate("mini", ("understanding",), ("fp32",), understanding_settings=dict(ema_decay=d))
+        for d in (None, 0.999)
+    )
+    column = "fp32 GB"
+    assert (
+        with_average[column].xs("average", level="part").iloc[0]
+        == without[column].xs("optimiser", level="part").iloc[0]
+        > 0
+        and with_average[column].xs("all", level="part").iloc[0]
+        > without[column].xs("all", level="part").iloc[0]
+    )

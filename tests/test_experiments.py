@@ -1,134 +1,455 @@
 "Tiny runs of the experiments: what comes out is meaningless, that it comes out is the test."
-import json, os, shutil
-import numpy as np, pandas as pd, pytest
-from uniemo.data import EmoSet
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from uniemo.data.sets import EmoSet
 from uniemo.emotions import MIKELS
-from uniemo.foundation import mini_folder
-from uniemo.mini import write_emoset
-from uniemo.runs import RunFailed, find_notebook, resume, start
+from uniemo.mini.foundation import mini_folder
+from uniemo.mini.world import write_emoset
+from uniemo.runs.folders import RunFailed, find_notebook, resume, start
 
 TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
+
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
     "A function that executes single cells of an experiment in this process, after its parameters, and returns their names."
-    monkeypatch.setenv("UNIEMO_RUNS_DIR", str(tmp_path/"runs")); monkeypatch.setattr("matplotlib_inline.backend_inline.set_matplotlib_formats", lambda *args, **kwargs: None)
+    monkeypatch.setenv("UNIEMO_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(
+        "matplotlib_inline.backend_inline.set_matplotlib_formats", lambda *args, **kwargs: None
+    )
+
     def execute(name, ids, g=None, **params):
-        source = {c["id"]: "".join(c["source"]) for c in json.loads(find_notebook(name).read_text(encoding="utf-8"))["cells"]}
-        if g is None: g = {}; exec(source["cell-02"], g)
+        source = {
+            c["id"]: "".join(c["source"])
+            for c in json.loads(find_notebook(name).read_text(encoding="utf-8"))["cells"]
+        }
+        if g is None:
+            g = {}
+            exec(source["cell-02"], g)
         g.update(params)
-        for i in ids: exec(source[i], g)
+        for i in ids:
+            exec(source[i], g)
         return g
+
     return execute
+
 
 def test_understanding_is_repeatable(tmp_path, run_again):
     "Same seed, same machine: identical summary.json, in a second process and after a second Run All, with the scores that only a known truth allows."
-    runs = [start(notebook, dict(TINY, num_images=160), tmp_path, name, progress=False) for notebook, name in (("understanding", "a"), (run_again("understanding"), "b"))]
-    a, b = ((r.dir/"summary.json").read_text() for r in runs)
-    assert a == b and {"accuracy", "accuracy_low", "bayes", "pointing_object", "scene_moves", "calibration_error", "wheel_distance"} <= set(json.loads(a))
-    assert (runs[0].dir/"model/model.safetensors").exists() and {"attention.png", "curves.png", "confusion.png"} <= {p.name for p in (runs[0].dir/"figures").iterdir()}
+    runs = [
+        start(notebook, dict(TINY, num_images=160), tmp_path, name, progress=False)
+        for notebook, name in (("understanding", "a"), (run_again("understanding"), "b"))
+    ]
+    a, b = ((r.dir / "summary.json").read_text() for r in runs)
+    assert a == b and {
+        "accuracy",
+        "accuracy_low",
+        "bayes",
+        "pointing_object",
+        "scene_moves",
+        "calibration_error",
+        "wheel_distance",
+    } <= set(json.loads(a))
+    assert (runs[0].dir / "model/model.safetensors").exists() and {
+        "attention.png",
+        "curves.png",
+        "confusion.png",
+    } <= {p.name for p in (runs[0].dir / "figures").iterdir()}
+
 
 def test_understanding_reads_a_folder_of_photographs(tmp_path):
     "No split, no attributes, no known truth, and emotions of one's own."
-    photos = write_emoset(tmp_path/"world", 240, progress=False)/"image"
-    for old, new in (("amusement", "joy"), ("anger", "fury"), ("awe", "wonder")): (photos/old).rename(photos/new)
-    run = start("understanding", dict(TINY, data=str(photos)), tmp_path/"runs", progress=False)
+    photos = write_emoset(tmp_path / "world", 240, progress=False) / "image"
+    for old, new in (("amusement", "joy"), ("anger", "fury"), ("awe", "wonder")):
+        (photos / old).rename(photos / new)
+    run = start("understanding", dict(TINY, data=str(photos)), tmp_path / "runs", progress=False)
     summary = run.summary()
-    assert {"accuracy", "macro_f1"} <= set(summary) and not {"bayes", "pointing_object", "wheel_distance"} & set(summary)
-    assert json.loads((run.dir/"model/config.json").read_text())["class_names"] == sorted(p.name for p in photos.iterdir())
+    assert {"accuracy", "macro_f1"} <= set(summary) and not {
+        "bayes",
+        "pointing_object",
+        "wheel_distance",
+    } & set(summary)
+    assert json.loads((run.dir / "model/config.json").read_text())["class_names"] == sorted(
+        p.name for p in photos.iterdir()
+    )
+
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_understanding_with_extra_images(tmp_path, in_memory):
     "Stage 3 at any size: a folder of emotions, without scenes and objects, joins a set in EmoSet's format, decoded once or read by and by."
-    data, more = (write_emoset(tmp_path/n, k, seed=k, workers=1, progress=False) for n, k in (("data", 160), ("more", 48)))
-    run = start("understanding", dict(TINY, data=str(data), extra=str(more/"image"), ratio=.25, extra_weight=.5, in_memory=in_memory), tmp_path/"runs", progress=False)
-    assert run.summary()["extra_images"] == 48 and run.summary()["images"] == len(EmoSet(data, "train"))
+    data, more = (
+        write_emoset(tmp_path / n, k, seed=k, workers=1, progress=False)
+        for n, k in (("data", 160), ("more", 48))
+    )
+    run = start(
+        "understanding",
+        dict(
+            TINY,
+            data=str(data),
+            extra=str(more / "image"),
+            ratio=0.25,
+            extra_weight=0.5,
+            in_memory=in_memory,
+        ),
+        tmp_path / "runs",
+        progress=False,
+    )
+    assert run.summary()["extra_images"] == 48 and run.summary()["images"] == len(
+        EmoSet(data, "train")
+    )
     if in_memory:
-        with pytest.raises(RunFailed, match="images of .* are in the split 'val' too.*learnt by heart"): start("understanding", dict(TINY, data=str(data), extra=str(data/"image")), tmp_path/"runs", progress=False)
-    with pytest.raises(RunFailed, match="no emotion of the data that it should join"): (more/"image/awe").rename(more/"image/joy"); start("understanding", dict(TINY, data=str(data), extra=str(more/"image")), tmp_path/"runs", progress=False)
+        with pytest.raises(
+            RunFailed, match="images of .* are in the split 'val' too.*learnt by heart"
+        ):
+            start(
+                "understanding",
+                dict(TINY, data=str(data), extra=str(data / "image")),
+                tmp_path / "runs",
+                progress=False,
+            )
+    with pytest.raises(RunFailed, match="no emotion of the data that it should join"):
+        (more / "image/awe").rename(more / "image/joy")
+        start(
+            "understanding",
+            dict(TINY, data=str(data), extra=str(more / "image")),
+            tmp_path / "runs",
+            progress=False,
+        )
+
 
 def test_experts_goes_on_where_it_was_stopped(tmp_path):
-    params = dict(sizes=[16], steps=[2], seeds=[0, 1], search_seeds=[100], lr_backbone=[1e-4], lr_new=[1e-3], num_validation=16, num_test=24, num_probes=8, ablation_size=16, weak_steps=0, batch_size=8, num_threads=1, arms=["plain", "registers", "expert"])
-    run = start("experts", params, tmp_path, progress=False); table = pd.read_csv(run.dir/"runs.csv")
+    params = dict(
+        sizes=[16],
+        steps=[2],
+        seeds=[0, 1],
+        search_seeds=[100],
+        lr_backbone=[1e-4],
+        lr_new=[1e-3],
+        num_validation=16,
+        num_test=24,
+        num_probes=8,
+        ablation_size=16,
+        weak_steps=0,
+        batch_size=8,
+        num_threads=1,
+        arms=["plain", "registers", "expert"],
+    )
+    run = start("experts", params, tmp_path, progress=False)
+    table = pd.read_csv(run.dir / "runs.csv")
     assert len(table) == 9 and run.summary()["dry_run"] is True and "difference_16" in run.summary()
-    table.iloc[:5].to_csv(run.dir/"runs.csv", index=False); run._set(status="interrupted")           # as if it had been killed after five trainings
-    again = pd.read_csv(resume(run, progress=False).dir/"runs.csv")
-    assert len((run.dir/"metrics.jsonl").read_text().splitlines()) == 9 + 4                           # four were trained again
+    table.iloc[:5].to_csv(run.dir / "runs.csv", index=False)
+    run._set(status="interrupted")  # as if it had been killed after five trainings
+    again = pd.read_csv(resume(run, progress=False).dir / "runs.csv")
+    assert (
+        len((run.dir / "metrics.jsonl").read_text().splitlines()) == 9 + 4
+    )  # four were trained again
     pd.testing.assert_frame_equal(again, table)
-    other = start("experts", dict(params, previous=[str(run.dir)]), tmp_path, progress=False); assert not (other.dir/"metrics.jsonl").exists()    # nothing was trained
-    table.iloc[3:].to_csv(run.dir/"runs.csv", index=False); table.iloc[:7].to_csv(other.dir/"runs.csv", index=False); other._set(status="interrupted")     # one half here, one there, some in both
-    joined = resume(other, progress=False); assert not (joined.dir/"metrics.jsonl").exists() and joined.summary()["difference_16"] == run.summary()["difference_16"]
-    assert len(pd.read_csv(joined.dir/"runs.csv")) == 9
-    with pytest.raises(RunFailed, match="num_probes is 8 there"): start("experts", dict(params, num_probes=9, previous=[str(run.dir)]), tmp_path, progress=False)
-    with pytest.raises(Exception, match="needs its steps"): start("experts", dict(params, steps=[2, 3]), tmp_path, progress=False)
+    other = start("experts", dict(params, previous=[str(run.dir)]), tmp_path, progress=False)
+    assert not (other.dir / "metrics.jsonl").exists()  # nothing was trained
+    table.iloc[3:].to_csv(run.dir / "runs.csv", index=False)
+    table.iloc[:7].to_csv(other.dir / "runs.csv", index=False)
+    other._set(status="interrupted")  # one half here, one there, some in both
+    joined = resume(other, progress=False)
+    assert (
+        not (joined.dir / "metrics.jsonl").exists()
+        and joined.summary()["difference_16"] == run.summary()["difference_16"]
+    )
+    assert len(pd.read_csv(joined.dir / "runs.csv")) == 9
+    with pytest.raises(RunFailed, match="num_probes is 8 there"):
+        start(
+            "experts", dict(params, num_probes=9, previous=[str(run.dir)]), tmp_path, progress=False
+        )
+    with pytest.raises(Exception, match="needs its steps"):
+        start("experts", dict(params, steps=[2, 3]), tmp_path, progress=False)
+
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_emoset_stops_where_files_are_missing(tmp_path, monkeypatch, dry):
     "Dry: it looks and says what is missing. Else it stops there, before anything is trained."
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path/"cache")); monkeypatch.setenv("TORCH_HOME", str(tmp_path/"torch"))
-    params = dict(dry=dry, data=str(tmp_path/"nowhere"), emogen=str(tmp_path/"nothing"))
-    if dry: summary = start("emoset", params, tmp_path/"runs", progress=False).summary(); assert summary == dict(summary, dry=True, missing=21)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    params = dict(dry=dry, data=str(tmp_path / "nowhere"), emogen=str(tmp_path / "nothing"))
+    if dry:
+        summary = start("emoset", params, tmp_path / "runs", progress=False).summary()
+        assert summary == dict(summary, dry=True, missing=21)
     else:
-        with pytest.raises(RunFailed, match="21 of 21 files are missing or broken.*info.json.*clip-vit-large-patch14.*stable-diffusion-v1-5"): start("emoset", params, tmp_path/"runs", progress=False)
+        with pytest.raises(
+            RunFailed,
+            match="21 of 21 files are missing or broken.*info.json.*clip-vit-large-patch14.*stable-diffusion-v1-5",
+        ):
+            start("emoset", params, tmp_path / "runs", progress=False)
+
 
 def test_emoset_by_parameters_only(tmp_path):
     "The whole path, mini models in the place of the full ones: data read from files, latents made on the way, images, metrics; and once more where it was stopped."
-    tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True); data = write_emoset(tmp_path/"world", 64, progress=False, splits=(.5, .25, .25))
-    diffusion = shutil.copytree(mini_folder("diffusion"), tmp_path/"sd"); index = json.loads((diffusion/"model_index.json").read_text())
-    (diffusion/"model_index.json").write_text(json.dumps(index | dict(feature_extractor=["transformers", "CLIPImageProcessor"], safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])))     # named as in the original, not there, not needed
-    run = start("emoset", dict(dry=False, data=str(data), backbone="mini", diffusion=str(diffusion), networks="mini", preset="mini", mapper=dict(separate=True), steps=2, num_images=2, num_inference_steps=2, generation_batch_size=2, metric_size=64, num_real=16, criteria=["diverse"], max_kept=1, ratio=.25,
-                               understanding_settings=tiny, joint_settings=tiny, num_threads=1, progress=False), tmp_path/"runs", "tiny", progress=False)
-    summary = run.summary(); assert {"accuracy_stage1", "accuracy", "fid", "lpips", "emo_a", "sem_c", "sem_d", "accuracy_stage3"} <= set(summary) and not summary["dry"] and len(list((run.dir/"images").glob("*.png"))) == 16
-    shutil.rmtree(run.dir/"checkpoints/joint"); run._set(status="interrupted"); again = resume(run, progress=False); assert again.summary() == summary       # killed before stage 2 had saved anything: its mappers begin as before
-    (run.dir/"images/awe-0-1.png").unlink(); kept = (run.dir/"images/fear-0-0.png").stat().st_mtime_ns; run._set(status="interrupted"); again = resume(run, progress=False)
-    assert (run.dir/"images/awe-0-1.png").exists() and (run.dir/"images/fear-0-0.png").stat().st_mtime_ns == kept and again.summary()["fid"] == pytest.approx(summary["fid"], rel=1e-3)
+    tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True)
+    data = write_emoset(tmp_path / "world", 64, progress=False, splits=(0.5, 0.25, 0.25))
+    diffusion = shutil.copytree(mini_folder("diffusion"), tmp_path / "sd")
+    index = json.loads((diffusion / "model_index.json").read_text())
+    (diffusion / "model_index.json").write_text(
+        json.dumps(
+            index
+            | dict(
+                feature_extractor=["transformers", "CLIPImageProcessor"],
+                safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+            )
+        )
+    )  # named as in the original, not there, not needed
+    run = start(
+        "emoset",
+        dict(
+            dry=False,
+            data=str(data),
+            backbone="mini",
+            diffusion=str(diffusion),
+            networks="mini",
+            preset="mini",
+            mapper=dict(separate=True),
+            steps=2,
+            num_images=2,
+            num_inference_steps=2,
+            generation_batch_size=2,
+            metric_size=64,
+            num_real=16,
+            criteria=["diverse"],
+            max_kept=1,
+            ratio=0.25,
+            understanding_settings=tiny,
+            joint_settings=tiny,
+            num_threads=1,
+            progress=False,
+        ),
+        tmp_path / "runs",
+        "tiny",
+        progress=False,
+    )
+    summary = run.summary()
+    assert (
+        {
+            "accuracy_stage1",
+            "accuracy",
+            "fid",
+            "lpips",
+            "emo_a",
+            "sem_c",
+            "sem_d",
+            "accuracy_stage3",
+        }
+        <= set(summary)
+        and not summary["dry"]
+        and len(list((run.dir / "images").glob("*.png"))) == 16
+    )
+    shutil.rmtree(run.dir / "checkpoints/joint")
+    run._set(status="interrupted")
+    again = resume(run, progress=False)
+    assert (
+        again.summary() == summary
+    )  # killed before stage 2 had saved anything: its mappers begin as before
+    (run.dir / "images/awe-0-1.png").unlink()
+    kept = (run.dir / "images/fear-0-0.png").stat().st_mtime_ns
+    run._set(status="interrupted")
+    again = resume(run, progress=False)
+    assert (
+        (run.dir / "images/awe-0-1.png").exists()
+        and (run.dir / "images/fear-0-0.png").stat().st_mtime_ns == kept
+        and again.summary()["fid"] == pytest.approx(summary["fid"], rel=1e-3)
+    )
 
-@pytest.mark.parametrize("name, value, near", [("networks", "publishd", "published"), ("space", "lowrnk", "lowrank"), ("on_error", "rise", "raise"), ("preset", "papr", "paper"), ("space", None, "bank")])
+
+@pytest.mark.parametrize(
+    "name, value, near",
+    [
+        ("networks", "publishd", "published"),
+        ("space", "lowrnk", "lowrank"),
+        ("on_error", "rise", "raise"),
+        ("preset", "papr", "paper"),
+        ("space", None, "bank"),
+    ],
+)
 def test_emoset_looks_at_its_parameters_first(cells, name, value, near):
-    with pytest.raises(ValueError, match=f"{name} is {value!r}: did you mean '.*'. known: .*{near}"): cells("emoset", ["cell-03"], **{name: value})
+    with pytest.raises(
+        ValueError, match=f"{name} is {value!r}: did you mean '.*'. known: .*{near}"
+    ):
+        cells("emoset", ["cell-03"], **{name: value})
+
 
 def test_emoset_looks_into_files(cells, tmp_path):
     "A tokenizer's vocabulary without its merges, a file that was cut off, whence to fetch the networks."
-    clip, sd = (shutil.copytree(mini_folder(k), tmp_path/k) for k in ("clip", "diffusion")); params = dict(data=str(tmp_path), preset="mini", backbone=str(clip), diffusion=str(sd), emogen=str(tmp_path))
-    look = lambda: cells("emoset", ["cell-03", "cell-05"], **params)["files"].set_index(["what", "file"]); clips, diffusions = "CLIP ViT-L/14", "Stable Diffusion 1.5"
-    t = look(); assert (t.there[[clips, diffusions]] == "yes").all() and "https://github.com/toshas/torch-fidelity" in t.whence["inception"].iloc[0] and "https://download.pytorch.org" in t.whence["alexnet"].iloc[0]
-    for f in (clip/"tokenizer.json", sd/"tokenizer/tokenizer.json"): f.unlink(); (f.parent/"vocab.json").write_text("{}")
-    for f, size in ((clip/"model.safetensors", -100), (next((sd/"unet").glob("*.safetensors")), None)): f.write_bytes(f.read_bytes()[:size] if size else b"")
-    t = look(); assert t.there[clips, "model.safetensors"] == "broken" and t.there[diffusions, "unet/diffusion_pytorch_model.safetensors"] == "broken"
-    assert t.there[clips, "tokenizer.json or vocab.json and merges.txt"] == t.there[diffusions, "tokenizer/tokenizer.json or tokenizer/vocab.json and tokenizer/merges.txt"] == "missing" and (t.there == "broken").sum() == 2
-    for f in (clip, sd/"tokenizer"): (f/"merges.txt").touch()
+    clip, sd = (shutil.copytree(mini_folder(k), tmp_path / k) for k in ("clip", "diffusion"))
+    params = dict(
+        data=str(tmp_path),
+        preset="mini",
+        backbone=str(clip),
+        diffusion=str(sd),
+        emogen=str(tmp_path),
+    )
+    look = lambda: cells("emoset", ["cell-03", "cell-05"], **params)["files"].set_index(
+        ["what", "file"]
+    )
+    clips, diffusions = "CLIP ViT-L/14", "Stable Diffusion 1.5"
+    t = look()
+    assert (
+        (t.there[[clips, diffusions]] == "yes").all()
+        and "https://github.com/toshas/torch-fidelity" in t.whence["inception"].iloc[0]
+        and "https://download.pytorch.org" in t.whence["alexnet"].iloc[0]
+    )
+    for f in (clip / "tokenizer.json", sd / "tokenizer/tokenizer.json"):
+        f.unlink()
+        (f.parent / "vocab.json").write_text("{}")
+    for f, size in (
+        (clip / "model.safetensors", -100),
+        (next((sd / "unet").glob("*.safetensors")), None),
+    ):
+        f.write_bytes(f.read_bytes()[:size] if size else b"")
+    t = look()
+    assert (
+        t.there[clips, "model.safetensors"] == "broken"
+        and t.there[diffusions, "unet/diffusion_pytorch_model.safetensors"] == "broken"
+    )
+    assert (
+        t.there[clips, "tokenizer.json or vocab.json and merges.txt"]
+        == t.there[
+            diffusions, "tokenizer/tokenizer.json or tokenizer/vocab.json and tokenizer/merges.txt"
+        ]
+        == "missing"
+        and (t.there == "broken").sum() == 2
+    )
+    for f in (clip, sd / "tokenizer"):
+        (f / "merges.txt").touch()
     assert (look().there[[clips, diffusions]] != "missing").all()
-    with pytest.raises(FileNotFoundError, match=r"CLIP ViT-L/14: model.safetensors \(broken: put it there again\)"): cells("emoset", ["cell-03", "cell-05", "cell-06"], **params, dry=False)
+    with pytest.raises(
+        FileNotFoundError, match=r"CLIP ViT-L/14: model.safetensors \(broken: put it there again\)"
+    ):
+        cells("emoset", ["cell-03", "cell-05", "cell-06"], **params, dry=False)
+
 
 def no_stages(folder, keeps):
     "A store whose stages take no time, with the number of images that the full filter keeps each time."
-    keeps = iter(keeps); folder.mkdir()
+    keeps = iter(keeps)
+    folder.mkdir()
+
     def store(stage, **params):
-        k = len(os.listdir(folder)); at = folder/f"{stage.__name__}-{k}"; at.mkdir(); n = 8 if stage.__name__ != "kept" else 4 if "how" in params else next(keeps)
-        images = np.random.default_rng(k).integers(0, 256, (n, 64, 64, 3), dtype=np.uint8); (at/"metrics.json").write_text(json.dumps(dict(accuracy=.5 + k % 7 / 100, kept=n)))
-        np.savez(at/"images.npz", images=images); np.savez(at/"kept.npz", images=images, label=np.arange(n)); pd.DataFrame(dict(emotion=MIKELS.names[:n])).to_csv(at/"table.csv"); return at
-    store.code = "0" * 12; return store
+        k = len(os.listdir(folder))
+        at = folder / f"{stage.__name__}-{k}"
+        at.mkdir()
+        n = 8 if stage.__name__ != "kept" else 4 if "how" in params else next(keeps)
+        images = np.random.default_rng(k).integers(0, 256, (n, 64, 64, 3), dtype=np.uint8)
+        (at / "metrics.json").write_text(json.dumps(dict(accuracy=0.5 + k % 7 / 100, kept=n)))
+        np.savez(at / "images.npz", images=images)
+        np.savez(at / "kept.npz", images=images, label=np.arange(n))
+        pd.DataFrame(dict(emotion=MIKELS.names[:n])).to_csv(at / "table.csv")
+        return at
+
+    store.code = "0" * 12
+    return store
+
 
 def test_feedback_rows(cells, tmp_path):
     "What is measured when nothing is kept stays, such a regime counts as finished; real images beside; tables of before, without the later columns, can be shown."
-    g = cells("feedback", ["cell-03", "cell-05", "regimes"], display=lambda x: None, sizes=[32, 48], seeds=[0, 1], more_rounds={"32": 3}, separate=False); images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    q, f = g["quality"](images, np.arange(8)); assert 0 < q["diversity"] < 2 and g["chance_drift"](f) == g["chance_drift"](f) > 0
-    q, f = g["quality"](images[:1], np.arange(1)); assert np.isnan(q["diversity"]) and np.isnan(g["chance_drift"](f))
-    cells("feedback", ["cell-06"], g, store=no_stages(tmp_path/"stages", [6, 0, 5, 4, 3, 0, 0])); t = g["results"]; full = t[t.arm == "+ full filter"].set_index(["size", "seed", "round"])
-    assert full.kept.to_dict() == {(32, 0, 1): 6, (32, 0, 2): 0, (32, 1, 1): 5, (32, 1, 2): 4, (32, 1, 3): 3, (48, 0, 1): 0, (48, 1, 1): 0} and (full.accuracy.isna() == (full.kept == 0)).all()
-    assert full[["emo_a", "joint_accuracy", "candidates"]].notna().all(axis=None) and full.drift_chance.notna().sum() == 4 and full.drift[32, 1, 1] == 0
-    assert set(full.index[full.real_emo_a.notna() & full.real_label_error.notna()]) == {(32, 0, 1), (32, 1, 1)} and (t.arm.value_counts()[["real only", "+ further real"]] == [4, 2]).all()
-    shown = ["cell-08", "cell-10", "cell-12", "95c8b7ef", "cell-13"]; cells("feedback", shown, g); assert g["run"].summary()["main_metric"] == "real_only_48"
-    def regime(size, seed): raise AssertionError("all are finished")
-    again = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), regime=regime)["results"]; assert len(again) == len(t) and again.accuracy.isna().sum() == 3
-    with_words = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), separate=True, store=no_stages(tmp_path/"words", [3, 4, 0, 0, 2, 1]))["results"]; words = with_words[with_words.arm == g["SEPARATE"]]
-    assert words.set_index(["size", "seed", "round"]).kept.to_dict() == {(32, 0, 1): 3, (32, 0, 2): 4, (32, 0, 3): 0, (32, 1, 1): 0, (48, 0, 1): 2, (48, 1, 1): 1} and (words.accuracy.isna() == (words.kept == 0)).all() and len(with_words) == len(t) + 6 and (with_words.arm.value_counts().drop(g["SEPARATE"]) == t.arm.value_counts()).all()
-    cells("feedback", shown, g); g.update(separate=False); before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"]); before[before.kept.ne(0)].to_csv(g["run"].dir/"results.csv", index=False)
-    with pytest.raises(AssertionError): cells("feedback", ["cell-06"], g)                                  # the row that says so is not there, so it is done again
-    cells("feedback", ["cell-06", *shown], g, sizes=[32], seeds=[1]); assert g["results"]["round"].max() == 3
+    g = cells(
+        "feedback",
+        ["cell-03", "cell-05", "regimes"],
+        display=lambda x: None,
+        sizes=[32, 48],
+        seeds=[0, 1],
+        more_rounds={"32": 3},
+        separate=False,
+    )
+    images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    q, f = g["quality"](images, np.arange(8))
+    assert 0 < q["diversity"] < 2 and g["chance_drift"](f) == g["chance_drift"](f) > 0
+    q, f = g["quality"](images[:1], np.arange(1))
+    assert np.isnan(q["diversity"]) and np.isnan(g["chance_drift"](f))
+    cells("feedback", ["cell-06"], g, store=no_stages(tmp_path / "stages", [6, 0, 5, 4, 3, 0, 0]))
+    t = g["results"]
+    full = t[t.arm == "+ full filter"].set_index(["size", "seed", "round"])
+    assert (
+        full.kept.to_dict()
+        == {
+            (32, 0, 1): 6,
+            (32, 0, 2): 0,
+            (32, 1, 1): 5,
+            (32, 1, 2): 4,
+            (32, 1, 3): 3,
+            (48, 0, 1): 0,
+            (48, 1, 1): 0,
+        }
+        and (full.accuracy.isna() == (full.kept == 0)).all()
+    )
+    assert (
+        full[["emo_a", "joint_accuracy", "candidates"]].notna().all(axis=None)
+        and full.drift_chance.notna().sum() == 4
+        and full.drift[32, 1, 1] == 0
+    )
+    assert (
+        set(full.index[full.real_emo_a.notna() & full.real_label_error.notna()])
+        == {(32, 0, 1), (32, 1, 1)}
+        and (t.arm.value_counts()[["real only", "+ further real"]] == [4, 2]).all()
+    )
+    shown = ["cell-08", "cell-10", "cell-12", "95c8b7ef", "cell-13"]
+    cells("feedback", shown, g)
+    assert g["run"].summary()["main_metric"] == "real_only_48"
 
-@pytest.mark.parametrize("name, params, says", [("quickstart", dict(ratio=2.), "ratio is the share"), ("quickstart", dict(max_kept=0), "max_kept must be at least 1"), ("quickstart", dict(num_per_emotion=0), "num_per_emotion must be at least 1"),
-    ("feedback", dict(ratio=0.), "ratio is the share"), ("feedback", dict(more_rounds={"150": 2}), "size 150, which is not among sizes"), ("feedback", dict(seeds=[]), "at least one of each"), ("feedback", dict(rounds=0), "rounds must be at least 1"),
-    ("emoset", dict(max_kept=-1), "max_kept must be at least 0"), ("emoset", dict(num_images=0), "num_images must be at least 1"), ("emoset", dict(steps=0), "steps must be above 0")])
+    def regime(size, seed):
+        raise AssertionError("all are finished")
+
+    again = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), regime=regime)["results"]
+    assert len(again) == len(t) and again.accuracy.isna().sum() == 3
+    with_words = cells(
+        "feedback",
+        ["cell-06"],
+        g,
+        previous=str(g["run"].dir),
+        separate=True,
+        store=no_stages(tmp_path / "words", [3, 4, 0, 0, 2, 1]),
+    )["results"]
+    words = with_words[with_words.arm == g["SEPARATE"]]
+    assert (
+        words.set_index(["size", "seed", "round"]).kept.to_dict()
+        == {
+            (32, 0, 1): 3,
+            (32, 0, 2): 4,
+            (32, 0, 3): 0,
+            (32, 1, 1): 0,
+            (48, 0, 1): 2,
+            (48, 1, 1): 1,
+        }
+        and (words.accuracy.isna() == (words.kept == 0)).all()
+        and len(with_words) == len(t) + 6
+        and (with_words.arm.value_counts().drop(g["SEPARATE"]) == t.arm.value_counts()).all()
+    )
+    cells("feedback", shown, g)
+    g.update(separate=False)
+    before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"])
+    before[before.kept.ne(0)].to_csv(g["run"].dir / "results.csv", index=False)
+    with pytest.raises(AssertionError):
+        cells("feedback", ["cell-06"], g)  # the row that says so is not there, so it is done again
+    cells("feedback", ["cell-06", *shown], g, sizes=[32], seeds=[1])
+    assert g["results"]["round"].max() == 3
+
+
+@pytest.mark.parametrize(
+    "name, params, says",
+    [
+        ("quickstart", dict(ratio=2.0), "ratio is the share"),
+        ("quickstart", dict(max_kept=0), "max_kept must be at least 1"),
+        ("quickstart", dict(num_per_emotion=0), "num_per_emotion must be at least 1"),
+        ("feedback", dict(ratio=0.0), "ratio is the share"),
+        ("feedback", dict(more_rounds={"150": 2}), "size 150, which is not among sizes"),
+        ("feedback", dict(seeds=[]), "at least one of each"),
+        ("feedback", dict(rounds=0), "rounds must be at least 1"),
+        ("emoset", dict(max_kept=-1), "max_kept must be at least 0"),
+        ("emoset", dict(num_images=0), "num_images must be at least 1"),
+        ("emoset", dict(steps=0), "steps must be above 0"),
+    ],
+)
 def test_parameters_out_of_range_are_refused_at_once(cells, name, params, says):
-    with pytest.raises(ValueError, match=says): cells(name, ["cell-03"], **params)
+    with pytest.raises(ValueError, match=says):
+        cells(name, ["cell-03"], **params)

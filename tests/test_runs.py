@@ -1,129 +1,319 @@
 "Runs: what does not read well in a notebook, such as signals, dead processes, hostile text and odd folders."
-import json, os, signal, subprocess, sys, threading, time
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
-import nbformat, psutil, pytest
+import nbformat
+import psutil
+import pytest
+
 from uniemo import runs
-from uniemo.runs import Run, RunFailed, read_json
+from uniemo.runs.folders import Run, RunFailed, read_json
 
 ROOT = Path(__file__).parent.parent
-TINY = ROOT/"tests"/"fixtures"/"tiny.ipynb"
-HOSTILE = ["'; __import__('os').system('touch CANARY') #", '"""\n__import__("os").system("touch CANARY")\n"""', "\\", "\\'", '\\"', "a\nb\rc\x00\x1b[31m", "{steps}", "${HOME} $$ %s", "\u2028é字😀",
-           "None", "1e3", "f'{1}'", "#", "]"]
+TINY = ROOT / "tests" / "fixtures" / "tiny.ipynb"
+HOSTILE = [
+    "'; __import__('os').system('touch CANARY') #",
+    '"""\n__import__("os").system("touch CANARY")\n"""',
+    "\\",
+    "\\'",
+    '\\"',
+    "a\nb\rc\x00\x1b[31m",
+    "{steps}",
+    "${HOME} $$ %s",
+    "\u2028é字😀",
+    "None",
+    "1e3",
+    "f'{1}'",
+    "#",
+    "]",
+]
+
 
 def printed(run):
     "What the last cell of an executed tiny notebook printed."
-    cells = nbformat.read(run.dir/"executed.ipynb", 4).cells
-    return json.loads(next(o.text for o in cells[-1].outputs if o.output_type == "stream" and o.name == "stdout"))
+    cells = nbformat.read(run.dir / "executed.ipynb", 4).cells
+    return json.loads(
+        next(o.text for o in cells[-1].outputs if o.output_type == "stream" and o.name == "stdout")
+    )
+
 
 def spawn(tmp_path, *args, cwd=None, **kw):
     "`uniemo` as a process of its own."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", "import sys; from uniemo.cli import main; sys.exit(main())", *map(str, args)], cwd=cwd or tmp_path, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kw)  # a shell's background jobs ignore SIGINT
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from uniemo.runs.cli import main; sys.exit(main())",
+            *map(str, args),
+        ],
+        cwd=cwd or tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **kw,
+    )  # a shell's background jobs ignore SIGINT
+
 
 def wait_for(what, seconds=600):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if what(): return
+        if what():
+            return
         time.sleep(0.1)
     raise TimeoutError("it did not happen")
 
-def logged(folder): return (folder/"metrics.jsonl").exists() and len((folder/"metrics.jsonl").read_text().splitlines()) >= 2
+
+def logged(folder):
+    return (folder / "metrics.jsonl").exists() and len(
+        (folder / "metrics.jsonl").read_text().splitlines()
+    ) >= 2
+
 
 def test_values_are_never_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {k: [k, {"x": k}] for k in HOSTILE}
-    run = runs.start(TINY, {"texts": HOSTILE, "options": options, "stop": HOSTILE[0]}, progress=False)
-    assert run.summary()["texts"] == HOSTILE and run.summary()["options"] == options and run.params["stop"] == HOSTILE[0]
+    run = runs.start(
+        TINY, {"texts": HOSTILE, "options": options, "stop": HOSTILE[0]}, progress=False
+    )
+    assert (
+        run.summary()["texts"] == HOSTILE
+        and run.summary()["options"] == options
+        and run.params["stop"] == HOSTILE[0]
+    )
     assert not list(tmp_path.rglob("CANARY")) and printed(run)["cwd"] == str(tmp_path)
+
 
 @pytest.mark.parametrize("name", ["steps=1;x", "__import__('os')", "steps\n", "", "class"])
 def test_a_name_is_never_code(tmp_path, name):
-    with pytest.raises(ValueError, match="unknown parameter"): runs.start(TINY, {name: 1}, tmp_path)
+    with pytest.raises(ValueError, match="unknown parameter"):
+        runs.start(TINY, {name: 1}, tmp_path)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize("given, part", [({"step": 3}, "did you mean 'steps'"), ({"steps": "3.0"}, "no int"), ({"steps": True}, "no int"), ({"pause": "soon"}, "no float"), ({"steps": None}, "no int"),
-    ({"texts": "x"}, "no list"), ({"texts": [1j]}, "type complex"), ({"options": "[1]"}, "no dict or None"), ({"options": {1: 2}}, "dict"), ({"pause": 1e999}, "not finite"), ({"steps": "9" * 5000}, "no int"), ({"options": '{"a": NaN}'}, "not finite"), ({"stop": "\udc80"}, "no valid text"), ({"options": {"\udc80": 1}}, "no valid text")])
+
+@pytest.mark.parametrize(
+    "given, part",
+    [
+        ({"step": 3}, "did you mean 'steps'"),
+        ({"steps": "3.0"}, "no int"),
+        ({"steps": True}, "no int"),
+        ({"pause": "soon"}, "no float"),
+        ({"steps": None}, "no int"),
+        ({"texts": "x"}, "no list"),
+        ({"texts": [1j]}, "type complex"),
+        ({"options": "[1]"}, "no dict or None"),
+        ({"options": {1: 2}}, "dict"),
+        ({"pause": 1e999}, "not finite"),
+        ({"steps": "9" * 5000}, "no int"),
+        ({"options": '{"a": NaN}'}, "not finite"),
+        ({"stop": "\udc80"}, "no valid text"),
+        ({"options": {"\udc80": 1}}, "no valid text"),
+    ],
+)
 def test_refused_before_anything_starts(tmp_path, given, part):
-    with pytest.raises(ValueError, match=part): runs.start(TINY, given, tmp_path/"runs")
-    assert not (tmp_path/"runs").exists()
+    with pytest.raises(ValueError, match=part):
+        runs.start(TINY, given, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
 
 def test_what_a_run_keeps(tmp_path):
     a, b = (runs.start(TINY, {"seed": 5, "steps": "2"}, tmp_path, progress=False) for _ in range(2))
-    assert a.id != b.id and (a.dir/"summary.json").read_bytes() == (b.dir/"summary.json").read_bytes()
-    assert {"source.ipynb", "executed.ipynb", "params.json", "env.json", "status.json", "metrics.jsonl", "summary.json"} <= {p.name for p in a.dir.iterdir()} and not list(a.dir.glob("*.tmp"))
-    assert a.params == dict(steps=2, pause=0.0, stop="never", texts=None, options=None, seed=5) and a.env["seed"] == 5 and "papermill" in a.env["packages"]
-    assert a.info["status"] == "completed" and a.info["seconds"] > 0 and a.info["given"] == {"seed": 5, "steps": 2}
-    assert list(a.metrics().step) == [1, 2] and (a.dir/"source.ipynb").read_bytes() == TINY.read_bytes()
+    assert (
+        a.id != b.id
+        and (a.dir / "summary.json").read_bytes() == (b.dir / "summary.json").read_bytes()
+    )
+    assert {
+        "source.ipynb",
+        "executed.ipynb",
+        "params.json",
+        "env.json",
+        "status.json",
+        "metrics.jsonl",
+        "summary.json",
+    } <= {p.name for p in a.dir.iterdir()} and not list(a.dir.glob("*.tmp"))
+    assert (
+        a.params == dict(steps=2, pause=0.0, stop="never", texts=None, options=None, seed=5)
+        and a.env["seed"] == 5
+        and "papermill" in a.env["packages"]
+    )
+    assert (
+        a.info["status"] == "completed"
+        and a.info["seconds"] > 0
+        and a.info["given"] == {"seed": 5, "steps": 2}
+    )
+    assert (
+        list(a.metrics().step) == [1, 2]
+        and (a.dir / "source.ipynb").read_bytes() == TINY.read_bytes()
+    )
+
 
 def test_folders_with_odd_names_and_another_kernel_called_python3(tmp_path, monkeypatch):
-    spec = tmp_path/"jupyter"/"kernels"/"python3"; spec.mkdir(parents=True)
-    (spec/"kernel.json").write_text(json.dumps(dict(argv=["/bin/false", "{connection_file}"], display_name="wrong", language="python"))); monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
-    run = runs.start(TINY, {"seed": 1}, tmp_path/"it's {a} $HOME \"odd\" é", "x.1", progress=False)
-    assert run.status == "completed" and printed(run)["executable"] == sys.executable and run.summary()["last"] == 3
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(
+        json.dumps(
+            dict(argv=["/bin/false", "{connection_file}"], display_name="wrong", language="python")
+        )
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    run = runs.start(TINY, {"seed": 1}, tmp_path / 'it\'s {a} $HOME "odd" é', "x.1", progress=False)
+    assert (
+        run.status == "completed"
+        and printed(run)["executable"] == sys.executable
+        and run.summary()["last"] == 3
+    )
 
-@pytest.mark.parametrize("stop, error", [("raise", "RuntimeError"), ("die", "DeadKernelError"), ("exit", "SystemExit")])
+
+@pytest.mark.parametrize(
+    "stop, error", [("raise", "RuntimeError"), ("die", "DeadKernelError"), ("exit", "SystemExit")]
+)
 def test_failures_are_kept(tmp_path, stop, error):
-    with pytest.raises(RunFailed, match=error): runs.start(TINY, {"stop": stop}, tmp_path, "bad", progress=False)
-    run = Run(tmp_path/"bad"); info = run.info
-    assert run.status == "failed" and info["error"]["name"] == error and info["ended"] and len(run.metrics()) == 1
-    nb = nbformat.read(run.dir/"executed.ipynb", 4); assert stop == "die" or any(o.output_type == "error" for c in nb.cells for o in c.get("outputs", []))
-    table = runs.list_runs(tmp_path); assert list(table.status) == ["failed"] and list(table.metric) == [""]
+    with pytest.raises(RunFailed, match=error):
+        runs.start(TINY, {"stop": stop}, tmp_path, "bad", progress=False)
+    run = Run(tmp_path / "bad")
+    info = run.info
+    assert (
+        run.status == "failed"
+        and info["error"]["name"] == error
+        and info["ended"]
+        and len(run.metrics()) == 1
+    )
+    nb = nbformat.read(run.dir / "executed.ipynb", 4)
+    assert stop == "die" or any(
+        o.output_type == "error" for c in nb.cells for o in c.get("outputs", [])
+    )
+    table = runs.list_runs(tmp_path)
+    assert list(table.status) == ["failed"] and list(table.metric) == [""]
+
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("sig, status, code", [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "interrupted", 143), (signal.SIGKILL, "dead", -9)])
+@pytest.mark.parametrize(
+    "sig, status, code",
+    [
+        (signal.SIGINT, "interrupted", 130),
+        (signal.SIGTERM, "interrupted", 143),
+        (signal.SIGKILL, "dead", -9),
+    ],
+)
 def test_stopped_from_outside_and_resumed(tmp_path, sig, status, code):
-    p = spawn(tmp_path, "run", TINY, "--run-id", "r", "-p", "pause", "0.3", "-p", "steps", "12"); folder = tmp_path/"runs"/"r"
-    wait_for(lambda: logged(folder)); run = Run(folder); assert run.status == "running"
-    with pytest.raises(ValueError, match="is running"): runs.resume(run)
-    kernels = psutil.Process(p.pid).children(); assert kernels
-    p.send_signal(sig); out, err = p.communicate(timeout=600)
+    p = spawn(tmp_path, "run", TINY, "--run-id", "r", "-p", "pause", "0.3", "-p", "steps", "12")
+    folder = tmp_path / "runs" / "r"
+    wait_for(lambda: logged(folder))
+    run = Run(folder)
+    assert run.status == "running"
+    with pytest.raises(ValueError, match="is running"):
+        runs.resume(run)
+    kernels = psutil.Process(p.pid).children()
+    assert kernels
+    p.send_signal(sig)
+    out, err = p.communicate(timeout=600)
     assert p.returncode == code and run.status == status, err
-    if sig != signal.SIGKILL: assert "uniemo resume r" in err and run.info["error"]["message"]
-    wait_for(lambda: not any(k.is_running() and k.status() != psutil.STATUS_ZOMBIE for k in kernels))
-    done = json.loads((folder/"checkpoints"/"step.json").read_text()); assert done < 12
+    if sig != signal.SIGKILL:
+        assert "uniemo resume r" in err and run.info["error"]["message"]
+    wait_for(
+        lambda: not any(k.is_running() and k.status() != psutil.STATUS_ZOMBIE for k in kernels)
+    )
+    done = json.loads((folder / "checkpoints" / "step.json").read_text())
+    assert done < 12
     again = runs.resume(run, progress=False)
-    assert again.status == "completed" and again.info["attempts"] == 2 and printed(again)["first"] == done and list(again.metrics().step) == list(range(1, 13))
-    fresh = runs.start(TINY, {"steps": 12}, tmp_path/"runs", progress=False); assert fresh.summary() == again.summary()
+    assert (
+        again.status == "completed"
+        and again.info["attempts"] == 2
+        and printed(again)["first"] == done
+        and list(again.metrics().step) == list(range(1, 13))
+    )
+    fresh = runs.start(TINY, {"steps": 12}, tmp_path / "runs", progress=False)
+    assert fresh.summary() == again.summary()
+
 
 def test_resume_uses_the_kept_notebook(tmp_path):
-    mine = tmp_path/"mine.ipynb"; mine.write_bytes(TINY.read_bytes())
-    with pytest.raises(RunFailed): runs.start(mine, {"stop": "raise", "steps": 1}, tmp_path, "r", progress=False)
-    mine.unlink(); run = runs.resume(Run(tmp_path/"r"), progress=False)
-    assert run.status == "completed" and (run.dir/"executed-1.ipynb").exists()
+    mine = tmp_path / "mine.ipynb"
+    mine.write_bytes(TINY.read_bytes())
+    with pytest.raises(RunFailed):
+        runs.start(mine, {"stop": "raise", "steps": 1}, tmp_path, "r", progress=False)
+    mine.unlink()
+    run = runs.resume(Run(tmp_path / "r"), progress=False)
+    assert run.status == "completed" and (run.dir / "executed-1.ipynb").exists()
+
 
 def test_run_by_itself(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path); monkeypatch.delenv("UNIEMO_RUN_DIR", raising=False); monkeypatch.setattr(runs, "_here", {})
-    run = Run.current(); assert run is Run.current() and run.dir.parent == tmp_path/"runs" and run.status == "interactive"
-    run.log(loss=0.5); run.summary(a=1); run.summary(b=2); assert run.summary() == {"a": 1, "b": 2}
-    with pytest.raises(ValueError, match="no source.ipynb"): runs.resume(run)
-    monkeypatch.setenv("UNIEMO_RUN_DIR", str(tmp_path/"gone"))
-    with pytest.raises(FileNotFoundError, match="UNIEMO_RUN_DIR"): Run.current()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UNIEMO_RUN_DIR", raising=False)
+    monkeypatch.setattr(runs, "_here", {})
+    run = Run.current()
+    assert (
+        run is Run.current() and run.dir.parent == tmp_path / "runs" and run.status == "interactive"
+    )
+    run.log(loss=0.5)
+    run.summary(a=1)
+    run.summary(b=2)
+    assert run.summary() == {"a": 1, "b": 2}
+    with pytest.raises(ValueError, match="no source.ipynb"):
+        runs.resume(run)
+    monkeypatch.setenv("UNIEMO_RUN_DIR", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="UNIEMO_RUN_DIR"):
+        Run.current()
+
 
 def test_many_runs_begin_at_once(tmp_path):
-    made = []; threads = [threading.Thread(target=lambda: made.append(runs.new_run("x", {}, tmp_path).id)) for _ in range(8)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    made = []
+    threads = [
+        threading.Thread(target=lambda: made.append(runs.new_run("x", {}, tmp_path).id))
+        for _ in range(8)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert len(set(made)) == 8
 
+
 def test_reader_never_sees_half_a_file(tmp_path):
-    path = tmp_path/"f.json"; runs.write_json(path, list(range(3000))); stop = threading.Event(); seen = []
+    path = tmp_path / "f.json"
+    runs.write_json(path, list(range(3000)))
+    stop = threading.Event()
+    seen = []
+
     def read():
-        while not stop.is_set(): seen.append(len(read_json(path)))
-    t = threading.Thread(target=read); t.start()
-    for i in range(200): runs.write_json(path, list(range(3000 + i)))
-    stop.set(); t.join(); assert seen and min(seen) >= 3000 and [p.name for p in tmp_path.iterdir()] == ["f.json"]
+        while not stop.is_set():
+            seen.append(len(read_json(path)))
+
+    t = threading.Thread(target=read)
+    t.start()
+    for i in range(200):
+        runs.write_json(path, list(range(3000 + i)))
+    stop.set()
+    t.join()
+    assert seen and min(seen) >= 3000 and [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
 
 def test_notebooks_that_are_none(tmp_path):
-    (tmp_path/"a.ipynb").write_text("{"); (tmp_path/"b.ipynb").write_text("[]"); nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "ir", "language": "R", "display_name": "R"}}); nbformat.write(nb, tmp_path/"r.ipynb")
+    (tmp_path / "a.ipynb").write_text("{")
+    (tmp_path / "b.ipynb").write_text("[]")
+    nb = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "ir", "language": "R", "display_name": "R"}}
+    )
+    nbformat.write(nb, tmp_path / "r.ipynb")
     for name, part in [("a", "no JSON"), ("b", "no notebook"), ("r", "written in R")]:
-        with pytest.raises(ValueError, match=part): runs.start(tmp_path/f"{name}.ipynb", {}, tmp_path/"runs")
-    with pytest.raises(FileNotFoundError, match="looked from"): runs.start(tmp_path/"none.ipynb")
-    assert not (tmp_path/"runs").exists()
+        with pytest.raises(ValueError, match=part):
+            runs.start(tmp_path / f"{name}.ipynb", {}, tmp_path / "runs")
+    with pytest.raises(FileNotFoundError, match="looked from"):
+        runs.start(tmp_path / "none.ipynb")
+    assert not (tmp_path / "runs").exists()
+
 
 def test_shipped_experiments_have_a_description_and_parameters():
-    if not runs.experiments(): pytest.skip("no experiments yet")
+    if not runs.experiments():
+        pytest.skip("no experiments yet")
     for name, path in runs.experiments().items():
         assert runs.describe(path), f"{name}: no block quote in its first cell"
         assert runs.read_parameters(path), f"{name}: no cell tagged 'parameters'"

@@ -1,6 +1,13 @@
 "The trainer under SIGKILL, in two processes, and what it must not do. UNIEMO_KILLS says how many random moments are tried (3)."
-import multiprocessing, os, random, signal, socket, threading, time, weakref
-from pathlib import Path
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -11,7 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from uniemo.queries import ExpertQueryModel, parts
-from uniemo.training import Order, Stage, TrainConfig, Trainer, read_batches
+from uniemo.train.trainer import Order, Stage, TrainConfig, Trainer, read_batches
 from uniemo.understanding import UnderstandingConfig, UnderstandingStage
 
 KILLS = int(os.environ.get("UNIEMO_KILLS", 3))
@@ -21,59 +28,108 @@ processes.set_forkserver_preload(["uniemo.understanding"])
 
 class Points(Dataset):
     "Points with noise as augmentation; some have no group."
+
     def __init__(self, n, seed):
         g = torch.Generator().manual_seed(seed)
         self.x, self.label = torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g)
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return dict(x=self.x[i] + .1 * torch.randn(4), label=self.label[i])
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return dict(x=self.x[i] + 0.1 * torch.randn(4), label=self.label[i])
+
 
 class Toy(Stage):
     "Dropout, a buffer that learns by itself, a frozen layer: whatever could be forgotten in a checkpoint."
+
     metric, greater_is_better = "accuracy", True
+
     def __init__(self):
-        super().__init__(); torch.manual_seed(0)
-        self.frozen, self.body, self.norm, self.out = nn.Linear(4, 8).requires_grad_(False), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
-    def logits(self, x): return self.out(F.dropout(self.norm(self.body(self.frozen(x))), .3, self.training))
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen, self.body, self.norm, self.out = (
+            nn.Linear(4, 8).requires_grad_(False),
+            nn.Linear(8, 16),
+            nn.BatchNorm1d(16),
+            nn.Linear(16, 3),
+        )
+
+    def logits(self, x):
+        return self.out(F.dropout(self.norm(self.body(self.frozen(x))), 0.3, self.training))
+
     def loss(self, batch, counts=None):
-        logits = self.logits(batch["x"]); return dict(loss=F.cross_entropy(logits, batch["label"]), noise=torch.rand(()))
-    def parameter_groups(self): return dict(all=({n: p for n, p in self.named_parameters() if p.requires_grad}, 1e-2, 1e-2))
-    def predict(self, batch): return dict(logits=self.logits(batch["x"]), label=batch["label"])
-    def evaluate(self, p): return dict(accuracy=(p["logits"].argmax(1) == p["label"]).float().mean().item())
+        logits = self.logits(batch["x"])
+        return dict(loss=F.cross_entropy(logits, batch["label"]), noise=torch.rand(()))
+
+    def parameter_groups(self):
+        return dict(all=({n: p for n, p in self.named_parameters() if p.requires_grad}, 1e-2, 1e-2))
+
+    def predict(self, batch):
+        return dict(logits=self.logits(batch["x"]), label=batch["label"])
+
+    def evaluate(self, p):
+        return dict(accuracy=(p["logits"].argmax(1) == p["label"]).float().mean().item())
+
 
 STEPS = 60
-CONFIG = TrainConfig(steps=STEPS, batch_size=8, ema_decay=.9, eval_every=7, save_every=4, log_every=6, cpu=True)
+CONFIG = TrainConfig(
+    steps=STEPS, batch_size=8, ema_decay=0.9, eval_every=7, save_every=4, log_every=6, cpu=True
+)
+
 
 def toy_run(folder, kill_after=None, kill_at_call=None, done=None):
     "The run; killed after so many seconds, or at so many calls that make a file lasting."
     torch.set_num_threads(1)
     if kill_at_call is not None:
         left = [kill_at_call]
+
         def count(f):
             def counted(*args, **kwargs):
                 left[0] -= 1
-                if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return f(*args, **kwargs)
+
             return counted
-        for name in ("fsync", "rename", "replace"): setattr(os, name, count(getattr(os, name)))
+
+        for name in ("fsync", "rename", "replace"):
+            setattr(os, name, count(getattr(os, name)))
     trainer = Trainer(Toy(), CONFIG, Points(50, 0), Points(30, 1), folder, progress=False)
     if kill_after is not None:
-        timer = threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)); timer.daemon = True; timer.start()
-    start = time.monotonic(); trainer.fit()
-    if done is not None: done.put(time.monotonic() - start)
+        timer = threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    start = time.monotonic()
+    trainer.fit()
+    if done is not None:
+        done.put(time.monotonic() - start)
+
 
 def launch(*args, **kwargs):
-    p = processes.Process(target=toy_run, args=args, kwargs=kwargs); p.start(); p.join(900)
+    p = processes.Process(target=toy_run, args=args, kwargs=kwargs)
+    p.start()
+    p.join(900)
     return p.exitcode
+
 
 def end(folder):
     last = folder / f"step-{STEPS:06d}"
-    return (last / "weights.safetensors").read_bytes(), (folder / "best.safetensors").read_bytes(), torch.load(last / "state.pt", weights_only=True)
+    return (
+        (last / "weights.safetensors").read_bytes(),
+        (folder / "best.safetensors").read_bytes(),
+        torch.load(last / "state.pt", weights_only=True),
+    )
+
 
 def equal(a, b):
     "Equal to the last bit, all the way down."
-    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
@@ -81,20 +137,25 @@ def unbroken(tmp_path_factory):
     assert launch(folder, done=done) == 0
     return end(folder), done.get()
 
+
 def check_resumed(folder, unbroken, hint):
     assert launch(folder) == 0, hint
     assert equal(end(folder), unbroken[0]), f"{hint}: the resumed run ended differently"
     assert not list(folder.glob(".*")), f"{hint}: unfinished files are left over"
 
+
 @pytest.mark.parametrize("k", range(KILLS))
 def test_killed_at_a_random_moment_and_resumed(tmp_path, unbroken, k):
     folder, share = tmp_path / "run", random.random()
-    for _ in range(20):                                                     # until the kill came before the end
+    for _ in range(20):  # until the kill came before the end
         code = launch(folder, kill_after=share * unbroken[1])
-        if code == -signal.SIGKILL: break
-        assert code == 0; folder, share = tmp_path / f"again{_}", share * .8
+        if code == -signal.SIGKILL:
+            break
+        assert code == 0
+        folder, share = tmp_path / f"again{_}", share * 0.8
     left = sorted(p.name for p in folder.glob("step-*")) if folder.exists() else []
     check_resumed(folder, unbroken, f"killed at {share:.4f} of the run, when {left} were there")
+
 
 @pytest.mark.parametrize("call", [0, 3, 4, 6, 7, 13, 21, 22])
 def test_killed_while_writing(tmp_path, unbroken, call):
@@ -102,108 +163,241 @@ def test_killed_while_writing(tmp_path, unbroken, call):
     assert launch(tmp_path / "run", kill_at_call=call) == -signal.SIGKILL
     check_resumed(tmp_path / "run", unbroken, f"killed at call {call}")
 
+
 # ---- several processes
+
 
 def understanding(**changes):
     torch.manual_seed(0)
-    clip = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=1, intermediate_size=64, image_size=16, patch_size=8, projection_dim=8))
-    config = UnderstandingConfig.preset("mini", **{**dict(steps=6, batch_size=16, log_every=1, num_queries=2, cpu=True, lr_backbone=1e-3), **changes})
-    model = ExpertQueryModel(clip, config.num_queries, head_width=16, head_dropout=0., head_inputs=config.head_inputs)
+    clip = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=1,
+            intermediate_size=64,
+            image_size=16,
+            patch_size=8,
+            projection_dim=8,
+        )
+    )
+    config = UnderstandingConfig.preset(
+        "mini",
+        **{
+            **dict(steps=6, batch_size=16, log_every=1, num_queries=2, cpu=True, lr_backbone=1e-3),
+            **changes,
+        },
+    )
+    model = ExpertQueryModel(
+        clip, config.num_queries, head_width=16, head_dropout=0.0, head_inputs=config.head_inputs
+    )
     g = torch.Generator().manual_seed(1)
-    data = dict(pixel_values=torch.randn(40, 3, 16, 16, generator=g), label=torch.randint(8, (40,), generator=g), scene=torch.randint(-2, 5, (40,), generator=g).clamp(min=-1), objects=(torch.rand(40, 6, generator=g) > .8).float())
+    data = dict(
+        pixel_values=torch.randn(40, 3, 16, 16, generator=g),
+        label=torch.randint(8, (40,), generator=g),
+        scene=torch.randint(-2, 5, (40,), generator=g).clamp(min=-1),
+        objects=(torch.rand(40, 6, generator=g) > 0.8).float(),
+    )
     return model, config, data, torch.randn(5, 8, generator=g), torch.randn(6, 8, generator=g)
+
 
 def understanding_run(folder=None, attributes=True, **changes):
     torch.set_num_threads(1)
     model, config, data, scene, objects = understanding(**changes)
     stage = UnderstandingStage(model, config, *((scene, objects) if attributes else ()))
-    return Trainer(stage, config, data, {k: v[:21] for k, v in data.items()}, folder, progress=False).fit()
+    return Trainer(
+        stage, config, data, {k: v[:21] for k, v in data.items()}, folder, progress=False
+    ).fit()
+
 
 def one_of_two(rank, port, queue, attributes):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="yes", GLOO_SOCKET_IFNAME="lo")
-    t = understanding_run(attributes=attributes); assert t.world == 2 and t.micro == 8
-    if rank == 0: queue.put(t.history)
-    wrapped = weakref.ref(t.model); t.close(); assert wrapped() is None and not torch.distributed.is_initialized()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="yes",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    t = understanding_run(attributes=attributes)
+    assert t.world == 2 and t.micro == 8
+    if rank == 0:
+        queue.put(t.history)
+    wrapped = weakref.ref(t.model)
+    t.close()
+    assert wrapped() is None and not torch.distributed.is_initialized()
 
-def values(history, key="loss"): return torch.tensor([r[key] for r in history if key in r])
+
+def values(history, key="loss"):
+    return torch.tensor([r[key] for r in history if key in r])
+
 
 @pytest.mark.parametrize("attributes", [True, False])
 def test_two_processes_give_the_losses_of_one(attributes):
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    queue = processes.Queue(); both = [processes.Process(target=one_of_two, args=(r, port, queue, attributes), daemon=True) for r in range(2)]      # daemon: one that hangs does not hold up the end of the tests
-    for p in both: p.start()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    queue = processes.Queue()
+    both = [
+        processes.Process(target=one_of_two, args=(r, port, queue, attributes), daemon=True)
+        for r in range(2)
+    ]  # daemon: one that hangs does not hold up the end of the tests
+    for p in both:
+        p.start()
     history = queue.get(timeout=900)
-    for p in both: p.join(60)
+    for p in both:
+        p.join(60)
     assert [p.exitcode for p in both] == [0, 0]
     one = understanding_run(attributes=attributes)
     assert len(values(history)) == 6
-    for key in ("loss", "loss_cls", "loss_scene", "loss_object"): torch.testing.assert_close(values(history, key), values(one.history, key), atol=1e-5, rtol=0)
-    assert [r["accuracy"] for r in history if r["split"] == "valid"] == [r["accuracy"] for r in one.history if r["split"] == "valid"]
+    for key in ("loss", "loss_cls", "loss_scene", "loss_object"):
+        torch.testing.assert_close(
+            values(history, key), values(one.history, key), atol=1e-5, rtol=0
+        )
+    assert [r["accuracy"] for r in history if r["split"] == "valid"] == [
+        r["accuracy"] for r in one.history if r["split"] == "valid"
+    ]
+
 
 def test_passes_give_the_losses_of_one():
     a, b = understanding_run(), understanding_run(micro_batch=4)
     torch.testing.assert_close(values(a.history), values(b.history), atol=1e-5, rtol=0)
 
+
 # ---- what it must not do
+
 
 def test_no_waiting_for_the_device_in_a_step():
     model, config, data, scene, objects = understanding(steps=20, log_every=10)
-    trainer = Trainer(UnderstandingStage(model, config, scene, objects), config, data, progress=False); seen = []
+    trainer = Trainer(
+        UnderstandingStage(model, config, scene, objects), config, data, progress=False
+    )
+    seen = []
+
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            if f in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default): seen.append(str(f))
+            if f in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+                torch.ops.aten.is_nonzero.default,
+            ):
+                seen.append(str(f))
             return f(*args, **(kwargs or {}))
-    batches = trainer.batches(0, 3); trainer.one_step([next(batches)])
-    with Watch(): trainer.one_step([next(batches)])
+
+    batches = trainer.batches(0, 3)
+    trainer.one_step([next(batches)])
+    with Watch():
+        trainer.one_step([next(batches)])
     assert seen == []
+
 
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path):
     class Sick(Toy):
-        def loss(self, batch, counts=None): out = super().loss(batch); self.calls = getattr(self, "calls", 0) + 1; return dict(out, loss=out["loss"] * (torch.nan if self.calls == 6 else 1))
-    with pytest.raises(FloatingPointError, match=r"step 6: the loss is nan.*Lower the learning rate \(all 0.01\)"): Trainer(Sick(), CONFIG, Points(50, 0), folder=tmp_path / "run", progress=False).fit()
+        def loss(self, batch, counts=None):
+            out = super().loss(batch)
+            self.calls = getattr(self, "calls", 0) + 1
+            return dict(out, loss=out["loss"] * (torch.nan if self.calls == 6 else 1))
+
+    with pytest.raises(
+        FloatingPointError, match=r"step 6: the loss is nan.*Lower the learning rate \(all 0.01\)"
+    ):
+        Trainer(Sick(), CONFIG, Points(50, 0), folder=tmp_path / "run", progress=False).fit()
     assert [p.name for p in (tmp_path / "run").glob("step-*")] == ["step-000004"]
+
 
 def test_memory_runs_out_on_the_last_image():
     class Greedy(Toy):
-        def loss(self, batch, counts=None): raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes")
-    with pytest.raises(RuntimeError, match="try micro_batch=4. batch_size stays 8, in 2 passes"): Trainer(Greedy(), CONFIG, Points(50, 0), progress=False).fit()
+        def loss(self, batch, counts=None):
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"
+            )
+
+    with pytest.raises(RuntimeError, match="try micro_batch=4. batch_size stays 8, in 2 passes"):
+        Trainer(Greedy(), CONFIG, Points(50, 0), progress=False).fit()
     config = TrainConfig(steps=1, batch_size=1, cpu=True)
-    with pytest.raises(RuntimeError, match="that is the least"): Trainer(Greedy(), config, Points(50, 0), progress=False).fit()
+    with pytest.raises(RuntimeError, match="that is the least"):
+        Trainer(Greedy(), config, Points(50, 0), progress=False).fit()
+
 
 def test_a_parameter_in_no_group_is_named():
     class Forgets(Toy):
-        def parameter_groups(self): return dict(all=({n: p for n, p in self.named_parameters() if p.requires_grad and n != "out.bias"}, 1e-2, 0.))
-    with pytest.raises(ValueError, match="'out.bias'"): Trainer(Forgets(), CONFIG, Points(50, 0))
+        def parameter_groups(self):
+            return dict(
+                all=(
+                    {
+                        n: p
+                        for n, p in self.named_parameters()
+                        if p.requires_grad and n != "out.bias"
+                    },
+                    1e-2,
+                    0.0,
+                )
+            )
+
+    with pytest.raises(ValueError, match="'out.bias'"):
+        Trainer(Forgets(), CONFIG, Points(50, 0))
+
 
 # ---- data
 
+
 class Epochs(Dataset):
     "Draws its augmentation from an epoch, as the package's data sets do."
-    def __init__(self): self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-    def __len__(self): return 5
-    def set_epoch(self, e): self._epoch.fill_(e)
-    def __getitem__(self, i): return torch.tensor([i, int(self._epoch)])
+
+    def __init__(self):
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self):
+        return 5
+
+    def set_epoch(self, e):
+        self._epoch.fill_(e)
+
+    def __getitem__(self, i):
+        return torch.tensor([i, int(self._epoch)])
+
 
 def test_each_position_has_its_own_augmentation_whoever_reads_it():
     data, spans = ConcatDataset([Epochs(), Epochs()]), [(k, k + 3) for k in range(0, 30, 3)]
     one, two = (torch.cat(list(read_batches(data, Order(10), spans, workers=w))) for w in (0, 2))
     assert torch.equal(one, two) and torch.equal(one[:, 1], torch.arange(30))
 
+
 # ---- stage 1
 
+
 def test_frozen_parts_stay():
-    model, config, data, scene, objects = understanding(train_parts=("queries",)); before = {n: p.clone() for n, p in model.named_parameters()}
+    model, config, data, scene, objects = understanding(train_parts=("queries",))
+    before = {n: p.clone() for n, p in model.named_parameters()}
     Trainer(UnderstandingStage(model, config, scene, objects), config, data, progress=False).fit()
     for part, group in parts(model).items():
         changed = [n for n, p in group.items() if not torch.equal(p, before[n])]
         assert len(changed) == (len(group) if part == "queries" else 0), part
 
-@pytest.mark.parametrize("changes", [dict(targets="identity"), dict(num_queries=0), dict(head_inputs="all"), dict(mixed_precision="bf16"), dict(ema_decay=.9)])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(targets="identity"),
+        dict(num_queries=0),
+        dict(head_inputs="all"),
+        dict(mixed_precision="bf16"),
+        dict(ema_decay=0.9),
+    ],
+)
 def test_options_run(changes):
-    t = understanding_run(**changes); assert torch.isfinite(values(t.history)).all()
-    assert ("scene_accuracy" in [r for r in t.history if r["split"] == "valid"][-1]) == (changes.get("num_queries") != 0)
+    t = understanding_run(**changes)
+    assert torch.isfinite(values(t.history)).all()
+    assert ("scene_accuracy" in [r for r in t.history if r["split"] == "valid"][-1]) == (
+        changes.get("num_queries") != 0
+    )
+
 
 def test_votes():
-    model, config, data, scene, objects = understanding(); data["votes"] = torch.rand(40, 8)
-    t = Trainer(UnderstandingStage(model, config, scene, objects), config, data, data, progress=False).fit()
+    model, config, data, scene, objects = understanding()
+    data["votes"] = torch.rand(40, 8)
+    t = Trainer(
+        UnderstandingStage(model, config, scene, objects), config, data, data, progress=False
+    ).fit()
     assert {"accuracy", "loss_cls", "scene_accuracy", "object_accuracy"} <= set(t.evaluate(data))

@@ -15,7 +15,6 @@ import torch
 from uniemo.data.sets import EmoSet, View, check
 from uniemo.emotions import MIKELS
 from uniemo.feedback import (
-    Store,
     candidates,
     inversion,
     joint,
@@ -30,6 +29,7 @@ from uniemo.feedback import (
 from uniemo.joint import JointConfig, flip_together
 from uniemo.mini.world import write_emoset
 from uniemo.runs.folders import RunFailed, start
+from uniemo.runs.store import Store
 from uniemo.train.trainer import MemoryData, Trainer
 from uniemo.understanding import UnderstandingConfig
 

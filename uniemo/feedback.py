@@ -4,11 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "BESIDE",
-    "HOW",
-    "code_hash",
-    "contents",
-    "Store",
     "settings_of",
     "metrics_of",
     "World",
@@ -34,13 +29,10 @@ __all__ = [
 ]
 
 # %% ../nbs/13_feedback.ipynb #cell-03
-import hashlib
 import inspect
 import json
-import os
 import shutil
 import tempfile
-import time
 import warnings
 from dataclasses import asdict
 from functools import lru_cache
@@ -50,17 +42,14 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-import uniemo
 from .backbones import Backbone, TextTower, name_text
 from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
 from .data.memory import in_memory, random_crops
 from uniemo.data.sets import (
     EmoSet,
-    EmotionTable,
     View,
     eval_transform,
     fold,
@@ -95,165 +84,10 @@ from .mini.world import OBJECTS, SCENES, caption, draw_spec, paint, true_table
 from .pipeline import UniEmoPipeline
 from .queries import ExpertQueryModel
 from .runs.folders import Parameter, check_parameters
+from .runs.store import Store
 from .space import fit_space
 from .train.trainer import MemoryData, Trainer, Validate
 from .understanding import UnderstandingConfig, UnderstandingStage
-
-# %% ../nbs/13_feedback.ipynb #stage-keys
-BESIDE = {
-    "_modidx",
-    "cli",
-    "estimate",
-    "interop",
-    "plots",
-    "runs",
-}  # modules on which no result of a stage depends
-
-
-def code_hash():
-    "Of the package's source and of the shipped foundation models."
-    h = hashlib.sha256()
-    manifest = json.loads((mini_folder() / "manifest.json").read_text())
-    for p in sorted(Path(uniemo.__file__).parent.glob("*.py")):
-        if p.stem not in BESIDE:
-            h.update(p.name.encode() + p.read_bytes())
-    h.update(
-        json.dumps(
-            {k: v["sha256"] for k, v in manifest.items() if k != "uniemo"}, sort_keys=True
-        ).encode()
-    )
-    return h.hexdigest()
-
-
-HOW = {"progress", "run", "workers", "num_threads"}  # how a stage runs, not what it makes
-
-
-def contents(path, skip=()):
-    """Text that changes with the files at `path`: its absolute path, and the name, size and time of change of each file in it; of a table also of the images that it names. No file but a table is read.
-    Folders in `skip`, absolute paths, are left out."""
-    root = os.path.abspath(path)
-    rows, folders, files = (
-        [],
-        [root] if os.path.isdir(root) else [],
-        [] if os.path.isdir(root) else [root],
-    )
-
-    def row(name, stat):
-        try:
-            s = stat()
-            rows.append((name, s.st_size, s.st_mtime_ns))
-        except OSError:
-            rows.append((name, -1, -1))  # named, but not there
-
-    for folder in folders:  # grows while it is read
-        with os.scandir(folder) as entries:
-            for e in entries:
-                if not e.is_dir(follow_symlinks=False):
-                    row(e.path[len(root) :], e.stat)
-                elif e.path not in skip:
-                    folders.append(e.path)
-    if files and Path(root).suffix.lower() in (".csv", ".tsv", ".parquet", ".pq"):
-        table = EmotionTable.read(root)
-        column = next((c for c in ("path", "image", "image_path", "filename") if c in table), None)
-        if column:
-            files += [os.path.join(os.path.dirname(root), str(p)) for p in table[column]]
-    for f in files:
-        row(f, lambda: os.stat(f))
-    return f"{root}#{hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()}"
-
-
-# %% ../nbs/13_feedback.ipynb #cell-06
-class Store:
-    "A folder of finished stages. `code`: part of every key; None takes the package's own hash. A stage has a lock: a second process that wants it waits, and takes what the first one made."
-
-    def __init__(self, folder, code=None, log=print):
-        self.folder, self.code, self.log = Path(folder), code or code_hash(), log
-
-    def path(self, stage, **params):
-        "Where `stage(folder, **params)` has its result. Parameters are what JSON can hold, stages of this store, and paths: of other files and folders their `contents` count."
-        plain = lambda v: (
-            {k: plain(x) for k, x in v.items()}
-            if isinstance(v, dict)
-            else [plain(x) for x in v]
-            if isinstance(v, (list, tuple))
-            else self._input(v)
-            if isinstance(v, Path)
-            else v
-        )
-        given = {
-            k: self._input(v)
-            if isinstance(v, str) and v != "mini" and os.path.exists(v)
-            else plain(v)
-            for k, v in params.items()
-            if k not in HOW
-        }
-        text = json.dumps(
-            [stage.__module__, stage.__name__, inspect.getsource(stage), self.code, given],
-            sort_keys=True,
-        )
-        return self.folder / f"{stage.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-    def _input(self, path):
-        "What stands in a key for a path: the name of a stage, which says what is in it; the contents of anything else."
-        path, here = Path(os.path.abspath(path)), Path(os.path.abspath(self.folder))
-        inner = path.relative_to(here) if path != here and path.is_relative_to(here) else None
-        if inner and (not path.exists() or (here / inner.parts[0] / "params.json").exists()):
-            return inner.as_posix()
-        return (
-            contents(path, {str(p) for p in (here, *here.parents)}) if path.exists() else str(path)
-        )
-
-    def __call__(self, stage, **params):
-        "The folder of `stage(folder, **params)`, made now if it is not there yet."
-        folder = self.path(stage, **params)
-        done, checkpoints = folder / "done.json", folder / "checkpoints"
-        if done.exists() and not (checkpoints.exists() and os.access(folder, os.W_OK)):
-            return folder
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            self.log(f"{stage.__name__}: another process makes {folder.name}, waiting for it")
-            lock.acquire()
-        try:
-            if not done.exists():
-                self._make(stage, folder, done, params)
-            shutil.rmtree(
-                checkpoints, ignore_errors=True
-            )  # only now: a stage that is killed before its end goes on from them
-        finally:
-            lock.release()
-        return folder
-
-    def _make(self, stage, folder, done, params):
-        start = time.perf_counter()
-        (folder / "params.json").write_text(
-            json.dumps(
-                {
-                    k: str(v) if isinstance(v, Path) else v
-                    for k, v in params.items()
-                    if k not in HOW
-                },
-                indent=1,
-                default=str,
-            )
-        )
-        stage(folder, **params)
-        seconds = time.perf_counter() - start
-        part = folder / "done.tmp"
-        part.write_text(
-            json.dumps(
-                dict(
-                    stage=stage.__name__,
-                    seconds=round(seconds, 1),
-                    code=self.code,
-                    version=uniemo.__version__,
-                )
-            )
-        )
-        os.replace(part, done)
-        self.log(f"{stage.__name__}: {seconds:.0f} s")
 
 
 # %% ../nbs/13_feedback.ipynb #stage-files

@@ -30,10 +30,10 @@ from uniemo.data.sets import (
     make_loader,
     read_image,
     same_images,
-    three_splits,
     to_rgb,
     train_transform,
 )
+from uniemo.data.splits import three_splits
 from uniemo.emotions import MIKELS, EmotionSet
 
 data = pytest.importorskip("skimage.data")

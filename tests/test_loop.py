@@ -541,7 +541,7 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
 
 
 def test_splits_are_made_where_there_are_none(tmp_path):
-    from uniemo.data.sets import three_splits
+    from uniemo.data.splits import three_splits
 
     table = photographs(tmp_path, 10)
     a, b = three_splits(table), three_splits(table)

@@ -31,11 +31,10 @@ if TYPE_CHECKING:
         mixing_weights,
         read_image,
         same_images,
-        three_splits,
         to_rgb,
         train_transform,
-        training_images,
     )
+    from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
 
 _rooms = {
     "memory": ["in_memory", "memory_size", "random_crops"],
@@ -63,10 +62,9 @@ _rooms = {
         "mixing_weights",
         "read_image",
         "same_images",
-        "three_splits",
         "to_rgb",
         "train_transform",
-        "training_images",
     ],
+    "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -1,3 +1,10 @@
+"""Emotion in images: expert queries read it, a diffusion model paints it, each teaches the other."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pipeline import UniEmoPipeline  # noqa: F401  (so that editors find its methods)
+
 __version__ = "0.1.0"
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         read_pickle,
         read_torch,
     )
+    from .shipped import check_manifest, read_manifest, sha256, shipped_folder
 
 _rooms = {
     "interop": [
@@ -37,6 +38,7 @@ _rooms = {
         "official_state",
         "read_pickle",
         "read_torch",
-    ]
+    ],
+    "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -1,4 +1,8 @@
-"The house's chores: side bar, README and site from the notebooks. `python tests/house.py sidebar readme docs`, `python tests/house.py publish RUN_FOLDER`; test_house.py checks their results."
+"""The house's chores: shelves, side bar, README and site, all made from the notebooks.
+
+`python tests/house.py shelves sidebar readme docs`, `python tests/house.py publish RUN_FOLDER`;
+test_house.py checks their results.
+"""
 
 import ast
 import base64
@@ -10,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -33,6 +38,16 @@ EXPERIMENTS = [
 ]  # reading order; others follow by name
 
 
+SHELVES = dict(
+    data="Images, data sets and tables: reading, checking, mixing, batches.",
+    train="One trainer for every stage: settings, loop, callbacks.",
+    measure="Scores, intervals, image metrics, neighbours, plots.",
+    mini="The painted world, its foundation models, its judge and its stages.",
+    runs="Runs in folders: parameters, execution, store, command line, estimates.",
+    files="Files that the package ships, writes, and that others made.",
+)
+
+
 def read(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -48,12 +63,8 @@ def notebooks(folder=None):
         return any(o[0] in "._" for o in p.relative_to(NBS).parts)
 
     def key(p):
-        return (
-            len(p.relative_to(NBS).parts),
-            p.stem != "index",
-            EXPERIMENTS.index(p.stem) if p.stem in EXPERIMENTS else 99,
-            p.name,
-        )
+        place = EXPERIMENTS.index(p.stem) if p.stem in EXPERIMENTS else 99
+        return len(p.relative_to(NBS).parts), p.parent.name, p.stem != "index", place, p.name
 
     return sorted((p for p in (NBS / (folder or "")).rglob("*.ipynb") if not hidden(p)), key=key)
 
@@ -62,10 +73,11 @@ def notebooks(folder=None):
 
 
 def sidebar():
-    "Text of `nbs/sidebar.yml`: Home, and a shelf each for experiments, the library's notebooks and benchmarks."
+    "Text of `nbs/sidebar.yml`: Home, the method's chapters, experiments, shelves, benchmarks."
     shelves = {
+        "The method": [p for p in notebooks() if p.parent == NBS and p.stem != "index"],
         "Experiments": notebooks("experiments"),
-        "Library": [p for p in notebooks() if p.parent == NBS and p.stem != "index"],
+        **{f"Shelf: {name}": notebooks(name) for name in SHELVES},
         "Benchmarks": notebooks("benchmarks"),
     }
     out = ["website:", "  sidebar:", "    contents:", "      - {text: Home, href: index.ipynb}"]
@@ -80,16 +92,6 @@ def sidebar():
 
 
 # ---- shelves of the package
-
-
-SHELVES = dict(
-    data="Images, data sets and tables: reading, checking, mixing, batches.",
-    train="One trainer for every stage: settings, loop, callbacks.",
-    measure="Scores, intervals, image metrics, neighbours, plots.",
-    mini="The painted world, its foundation models, its judge and its stages.",
-    runs="Runs in folders: parameters, execution, store, command line, estimates.",
-    files="Files that the package ships, writes, and that others made.",
-)
 
 
 def shelf_names(folder):
@@ -133,7 +135,7 @@ DIRECTIVE = re.compile(r"^#\|\s*(\S+?):?(?:\s+(.*))?$", re.M)
 
 
 def directives(cell):
-    return {k: v for k, v in DIRECTIVE.findall(text(cell["source"]))}
+    return dict(DIRECTIVE.findall(text(cell["source"])))
 
 
 def from_root(md):
@@ -159,7 +161,7 @@ def output_md(out, pictures):
 
 
 def readme():
-    "`(text of README.md, {name: bytes of its pictures})`, from `nbs/index.ipynb` and its outputs; links are made to start at the repository's root."
+    "README.md and its pictures {name: bytes}, from `nbs/index.ipynb`; links start at the root."
     parts, pictures = ["<!-- made from nbs/index.ipynb by `make readme`: edit there -->"], {}
     for cell in read(NBS / "index.ipynb")["cells"]:
         src, opts = text(cell["source"]), directives(cell)
@@ -206,24 +208,24 @@ def mathml(page):
 
 
 def local_links(site, cfg):
-    "API links lead to this site's own pages, not to the published ones; a method without an entry of its own is found under its class."
+    "API links lead to this site's own pages; a method without an entry is found under its class."
     api = re.compile(rf'href="{re.escape(cfg.doc_host + cfg.doc_baseurl)}/([^"#]*)(?:#([^"]*))?"')
     ids = {p.relative_to(site).as_posix(): parse(p).ids for p in site.rglob("*.html")}
+
+    def local(m, name):
+        anchor = m[2] or ""
+        while anchor and anchor not in ids.get(m[1], ()):
+            anchor = anchor.rpartition(".")[0]
+        page = posixpath.relpath(m[1], posixpath.dirname(name) or ".")
+        return f'href="{page}{anchor and "#" + anchor}"'
+
     for name in ids:
-
-        def one(m):
-            anchor = m[2] or ""
-            while anchor and anchor not in ids.get(m[1], ()):
-                anchor = anchor.rpartition(".")[0]
-            return f'href="{posixpath.relpath(m[1], posixpath.dirname(name) or ".")}{anchor and "#" + anchor}"'
-
-        (site / name).write_text(
-            api.sub(one, (site / name).read_text(encoding="utf-8")), encoding="utf-8"
-        )
+        body = (site / name).read_text(encoding="utf-8")
+        (site / name).write_text(api.sub(partial(local, name=name), body), encoding="utf-8")
 
 
 def without_numbers(proc):
-    "`00_emotions.ipynb` becomes `emotions.ipynb` in the folder of processed notebooks, and so in links: the addresses that nbdev's `output-file` promises."
+    "`01_emotions.ipynb` becomes `emotions.ipynb`, and so in links: what `output-file` promises."
     names = {p.name: re.sub(r"^\d+[a-zA-Z0-9]*_", "", p.name) for p in proc.rglob("*.ipynb")}
     moved = re.compile(
         "|".join(rf"(?<![\w-]){re.escape(a)}" for a, b in names.items() if a != b) or "$^"
@@ -236,8 +238,11 @@ def without_numbers(proc):
 
 
 def process():
-    """Notebooks ready to render, in `_proc`: nbdev's own processing, except that API entries are made from the imported module and no cell of a notebook is run
-    (nbdev runs each cell that has an import in it, whatever else it does)."""
+    """Notebooks ready to render, in `_proc`: nbdev's own processing, but no cell is run.
+
+    API entries are made from the imported module; nbdev would run each cell that has an import
+    in it, whatever else it does.
+    """
     import nbdev.processors as steps
     import nbdev.serve as serve
     from nbdev.doclinks import _get_exps
@@ -256,9 +261,8 @@ def process():
             )
             self.shell.run_cell("from nbdev.showdoc import show_doc")
             if module:
-                self.shell.run_cell(
-                    f"import importlib; globals().update(vars(importlib.import_module('uniemo.{module}')))"
-                )
+                load = f"importlib.import_module('uniemo.{module}')"
+                self.shell.run_cell(f"import importlib; globals().update(vars({load}))")
 
         def cell(self, cell):
             if not (cell["source"] and steps._is_showdoc(cell)):
@@ -267,12 +271,11 @@ def process():
             if self.shell.exc:
                 raise RuntimeError(f"{self.nb.path_}: {cell.source}") from self.shell.exc
             name = re.search(r"show_doc\((?:\w+\.)?([\w.]+)", text(cell["source"]))[1]
-            for data in (
-                o.get("data", {}) for o in cell.outputs
-            ):  # nbdev looks for the line under another name, and writes None
+            # nbdev looks for the line under another name, and writes None
+            for data in (o.get("data", {}) for o in cell.outputs):
                 for kind, md in data.items():
                     data[kind] = re.sub(
-                        r"(\w+/\w+\.py)#LNone",
+                        r"([\w/]+\.py)#LNone",
                         lambda m: f"{m[1]}#L{_get_exps(m[1]).get(name, 1)}",
                         text(md),
                     )
@@ -293,7 +296,7 @@ def process():
 
 
 def docs():
-    "Build the site into `_docs` without Quarto and without a network; raises where a link is broken. Returns the folder."
+    "Build the site into `_docs`, offline and without Quarto; a broken link stops it."
     from nbdev.config import get_config
     from smalldocs.cli import main as smalldocs
 
@@ -305,9 +308,8 @@ def docs():
     for p in site.rglob("*.html"):
         p.write_text(mathml(p.read_text(encoding="utf-8")), encoding="utf-8")
     local_links(site, cfg)
-    shutil.copy(
-        files("ziamath") / "fonts/STIXTwoMath-Regular.ttf", site / "site_libs"
-    )  # formulas look the same on every machine
+    # formulas look the same on every machine
+    shutil.copy(files("ziamath") / "fonts/STIXTwoMath-Regular.ttf", site / "site_libs")
     if bad := broken_links(site):
         raise SystemExit("broken links:\n" + "\n".join(bad))
     return site
@@ -346,7 +348,7 @@ def parse(path):
 
 
 def broken_links(site):
-    "One line for each link to a page, file or heading that the site does not hold, and for each thing loaded from elsewhere."
+    "A line for each link to what the site does not hold, and for each thing loaded from elsewhere."
     pages = {p.resolve(): parse(p) for p in Path(site).rglob("*.html")}
     bad = []
     for path, page in pages.items():
@@ -374,7 +376,7 @@ def broken_links(site):
 
 
 def publish(folder):
-    "Copy the tables of a finished run into the package, beside the settings and what the run's folder tells of its origin."
+    "Copy the tables of a finished run into the package, with its settings and its origin."
     folder = Path(folder)
     status, env = read(folder / "status.json"), read(folder / "env.json")
     target = ROOT / "uniemo" / "assets" / "results" / status["experiment"]

@@ -11,6 +11,7 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 from uniemo import foundation, runs
+from uniemo.files.shipped import check_manifest, shipped_folder
 from uniemo import generation_metrics as gm
 from uniemo.emotions import MIKELS
 from uniemo.mini.world import draw_spec, paint
@@ -264,11 +265,11 @@ def test_shipped_judge_is_good_and_another_network():
     assert (e.argmax(1) == labels).mean() > 0.81  # Bayes: 0.857
     assert (
         not any("attention" in n for n, _ in judge.named_modules())
-        and foundation.check_manifest() == []
+        and check_manifest() == []
     )
-    entry = json.loads((foundation.mini_folder() / "manifest.json").read_text())["judge"]
+    entry = json.loads((shipped_folder() / "manifest.json").read_text())["judge"]
     assert entry["notebook"] == "pretrain_judge"
-    assert sum(p.stat().st_size for p in foundation.mini_folder("judge").iterdir()) < 2e6
+    assert sum(p.stat().st_size for p in shipped_folder("judge").iterdir()) < 2e6
 
 
 def test_pretrain_judge_runs(tmp_path):
@@ -289,7 +290,7 @@ def test_pretrain_judge_runs(tmp_path):
     } <= set(done.summary())
     entry = foundation.ship(done.dir, "judge", tmp_path / "shipped")
     assert (
-        entry["parameters"]["steps"] == 2 and foundation.check_manifest(tmp_path / "shipped") == []
+        entry["parameters"]["steps"] == 2 and check_manifest(tmp_path / "shipped") == []
     )
     assert gm.load_judge(tmp_path / "shipped/judge")(torch.rand(2, 3, 64, 64)).scene.shape == (
         2,

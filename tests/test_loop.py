@@ -364,11 +364,12 @@ def test_each_network_reads_a_photograph_at_its_own_size(tmp_path, monkeypatch):
 
     from uniemo import loop
     from uniemo.data.sets import EmoSet, eval_transform
-    from uniemo.mini.foundation import load_clip, mini_folder
+    from uniemo.files.shipped import shipped_folder
+    from uniemo.mini.foundation import load_clip
     from uniemo.queries import ExpertQueryModel
 
     small = tmp_path / "clip"
-    shutil.copytree(mini_folder("clip"), small)
+    shutil.copytree(shipped_folder("clip"), small)
     config = load_clip()[0].config
     config.vision_config.image_size = 32
     torch.manual_seed(0)

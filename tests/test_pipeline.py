@@ -12,7 +12,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 
 import uniemo
 from uniemo.conditioning import encode_prompts
-from uniemo.mini.foundation import mini_folder
+from uniemo.files.shipped import shipped_folder
 from uniemo.mini.world import draw_spec, render
 from uniemo.space import seeded_generators
 
@@ -295,7 +295,7 @@ def test_offloading(pipe, how):
     "Parts come and go between memory and device; here both are the CPU. The images are the same."
     if how == "enable_sequential_cpu_offload":
         plain = StableDiffusionPipeline.from_pretrained(
-            mini_folder("diffusion"), safety_checker=None
+            shipped_folder("diffusion"), safety_checker=None
         )
         plain.set_progress_bar_config(disable=True)
         plain.enable_sequential_cpu_offload(device="cpu")
@@ -348,7 +348,7 @@ def test_loading_takes_what_diffusers_takes(pipe, tmp_path):
         uniemo.UniEmoPipeline.from_pretrained("runs/last/uniemo")
     again = uniemo.UniEmoPipeline.from_pipe(pipe)
     assert again.unet is pipe.unet and again.space is pipe.space
-    plain = StableDiffusionPipeline.from_pretrained(mini_folder("diffusion"), safety_checker=None)
+    plain = StableDiffusionPipeline.from_pretrained(shipped_folder("diffusion"), safety_checker=None)
     made = uniemo.UniEmoPipeline.from_pipe(
         plain, encoder=pipe.encoder, mapper=pipe.mapper, retriever=pipe.retriever, space=pipe.space
     )

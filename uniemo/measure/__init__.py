@@ -68,6 +68,16 @@ if TYPE_CHECKING:
         semantic_diversity,
         shifted_bootstrap,
     )
+    from .intervals import (
+        Interval,
+        as_array,
+        bootstrap,
+        difference,
+        differences,
+        mean_interval,
+        proportion,
+        shifted_bootstrap,
+    )
     from .plots import (
         DASHES,
         HATCHES,
@@ -148,6 +158,16 @@ _rooms = {
         "pretrained_file",
         "semantic_clarity",
         "semantic_diversity",
+        "shifted_bootstrap",
+    ],
+    "intervals": [
+        "Interval",
+        "as_array",
+        "bootstrap",
+        "difference",
+        "differences",
+        "mean_interval",
+        "proportion",
         "shifted_bootstrap",
     ],
     "plots": [

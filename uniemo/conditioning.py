@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "LOOKALIKE",
+    "caption",
     "split_prompt",
     "max_tokens",
     "tokenize_prompts",
@@ -19,6 +20,19 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 
 import torch
+
+
+# %% ../nbs/08_conditioning.ipynb #c35eb67f
+def caption(
+    scene: str | None = None,  # name of the scene; underscores are read as blanks
+    objects: tuple = (),  # names of the objects, any number
+    template: str = "a photo of a {}",  # where the names go
+) -> str:
+    "A caption such as 'a photo of a dog and a tea in a forest'."
+    things = " and a ".join(name.lower() for name in objects)
+    scene = scene and scene.replace("_", " ")
+    return template.format(f"{things} in a {scene}" if things and scene else things or scene)
+
 
 # %% ../nbs/08_conditioning.ipynb #cell-09
 LOOKALIKE = re.compile(r"<\s*[A-Za-z][^<>]*>")  # what a person would take for a placeholder

@@ -78,6 +78,7 @@ if TYPE_CHECKING:
         proportion,
         shifted_bootstrap,
     )
+    from .pictures import grid
     from .plots import (
         DASHES,
         HATCHES,
@@ -170,6 +171,7 @@ _rooms = {
         "proportion",
         "shifted_bootstrap",
     ],
+    "pictures": ["grid"],
     "plots": [
         "DASHES",
         "HATCHES",

@@ -6,6 +6,20 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .disk import (
+        ANEW,
+        FETCH,
+        FULL,
+        FileError,
+        SIGNS,
+        check_regular,
+        describe_file,
+        disk_full,
+        flush,
+        is_disk_full,
+        read_json,
+        write_file,
+    )
     from .interop import (
         ADMITTED,
         EmoGenFiles,
@@ -22,8 +36,36 @@ if TYPE_CHECKING:
         read_torch,
     )
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
+    from .weights import (
+        WRAPPERS,
+        WeightsError,
+        check_state,
+        check_tensors,
+        is_finite,
+        list_names,
+        load_pretrained,
+        quiet,
+        read_metadata,
+        read_tensors,
+        strip_wrappers,
+        write_tensors,
+    )
 
 _rooms = {
+    "disk": [
+        "ANEW",
+        "FETCH",
+        "FULL",
+        "FileError",
+        "SIGNS",
+        "check_regular",
+        "describe_file",
+        "disk_full",
+        "flush",
+        "is_disk_full",
+        "read_json",
+        "write_file",
+    ],
     "interop": [
         "ADMITTED",
         "EmoGenFiles",
@@ -40,5 +82,19 @@ _rooms = {
         "read_torch",
     ],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
+    "weights": [
+        "WRAPPERS",
+        "WeightsError",
+        "check_state",
+        "check_tensors",
+        "is_finite",
+        "list_names",
+        "load_pretrained",
+        "quiet",
+        "read_metadata",
+        "read_tensors",
+        "strip_wrappers",
+        "write_tensors",
+    ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -10,7 +10,7 @@ import pytest
 
 from uniemo.data.sets import EmoSet
 from uniemo.emotions import MIKELS
-from uniemo.mini.foundation import mini_folder
+from uniemo.files.shipped import shipped_folder
 from uniemo.mini.world import write_emoset
 from uniemo.runs.folders import RunFailed, find_notebook, resume, start
 
@@ -191,7 +191,7 @@ def test_emoset_by_parameters_only(tmp_path):
     "The whole path, mini models in the place of the full ones: data read from files, latents made on the way, images, metrics; and once more where it was stopped."
     tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True)
     data = write_emoset(tmp_path / "world", 64, progress=False, splits=(0.5, 0.25, 0.25))
-    diffusion = shutil.copytree(mini_folder("diffusion"), tmp_path / "sd")
+    diffusion = shutil.copytree(shipped_folder("diffusion"), tmp_path / "sd")
     index = json.loads((diffusion / "model_index.json").read_text())
     (diffusion / "model_index.json").write_text(
         json.dumps(
@@ -282,7 +282,7 @@ def test_emoset_looks_at_its_parameters_first(cells, name, value, near):
 
 def test_emoset_looks_into_files(cells, tmp_path):
     "A tokenizer's vocabulary without its merges, a file that was cut off, whence to fetch the networks."
-    clip, sd = (shutil.copytree(mini_folder(k), tmp_path / k) for k in ("clip", "diffusion"))
+    clip, sd = (shutil.copytree(shipped_folder(k), tmp_path / k) for k in ("clip", "diffusion"))
     params = dict(
         data=str(tmp_path),
         preset="mini",
@@ -369,6 +369,7 @@ def test_feedback_rows(cells, tmp_path):
     assert np.isnan(q["diversity"]) and np.isnan(g["chance_drift"](f))
     cells("feedback", ["cell-06"], g, store=no_stages(tmp_path / "stages", [6, 0, 5, 4, 3, 0, 0]))
     t = g["results"]
+    assert list(t) == g["COLUMNS"]
     full = t[t.arm == "+ full filter"].set_index(["size", "seed", "round"])
     assert (
         full.kept.to_dict()
@@ -402,6 +403,7 @@ def test_feedback_rows(cells, tmp_path):
 
     again = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), regime=regime)["results"]
     assert len(again) == len(t) and again.accuracy.isna().sum() == 3
+    assert list(again) == g["COLUMNS"]
     with_words = cells(
         "feedback",
         ["cell-06"],

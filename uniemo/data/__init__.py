@@ -6,7 +6,28 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .images import SUFFIXES, read_image, to_rgb
     from .memory import in_memory, memory_size, random_crops
+    from .names import (
+        check_name,
+        existing_path,
+        fold_case,
+        leaves_root,
+        look_alikes,
+        normalize_name,
+        spellings,
+        tidy_path,
+    )
+    from .reading import (
+        DataError,
+        Problem,
+        check_regular,
+        decode_text,
+        name_content,
+        problem_table,
+        read_bytes,
+        read_json,
+    )
     from .sets import (
         ATTRIBUTES,
         CentreCrop,
@@ -37,7 +58,28 @@ if TYPE_CHECKING:
     from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
 
 _rooms = {
+    "images": ["SUFFIXES", "read_image", "to_rgb"],
     "memory": ["in_memory", "memory_size", "random_crops"],
+    "names": [
+        "check_name",
+        "existing_path",
+        "fold_case",
+        "leaves_root",
+        "look_alikes",
+        "normalize_name",
+        "spellings",
+        "tidy_path",
+    ],
+    "reading": [
+        "DataError",
+        "Problem",
+        "check_regular",
+        "decode_text",
+        "name_content",
+        "problem_table",
+        "read_bytes",
+        "read_json",
+    ],
     "sets": [
         "ATTRIBUTES",
         "CentreCrop",

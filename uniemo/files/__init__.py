@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         read_pickle,
         read_torch,
     )
+    from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
     from .weights import (
         WRAPPERS,
@@ -81,6 +82,7 @@ _rooms = {
         "read_pickle",
         "read_torch",
     ],
+    "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
     "weights": [
         "WRAPPERS",

@@ -6,33 +6,33 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .attention import class_attention, pointing, pointing_table
     from .classification import (
-        Interval,
         accuracy,
-        bootstrap,
         calibration_bins,
         calibration_error,
         check_predictions,
-        class_attention,
+        check_votes,
         confusion_matrix,
-        difference,
-        differences,
         evaluate,
         evaluate_classes,
-        expert_movement,
         fit_temperature,
         macro_f1,
-        mean_interval,
         per_class,
-        pointing,
-        pointing_table,
         polarity_accuracy,
-        proportion,
         scores,
-        twin_images,
         vote_divergence,
         wheel_distance,
         with_temperature,
+    )
+    from .facility import (
+        CHOSEN,
+        FacilityLocation,
+        GROUP_FULL,
+        OPEN,
+        TOO_NEAR,
+        facility_location,
+        facility_value,
     )
     from .generation import (
         CLIPFeatures,
@@ -78,6 +78,15 @@ if TYPE_CHECKING:
         proportion,
         shifted_bootstrap,
     )
+    from .neighbours import (
+        Balls,
+        check_features,
+        coverage_scores,
+        half_squares,
+        nearest,
+        precision_recall,
+        unit,
+    )
     from .pictures import grid
     from .plots import (
         DASHES,
@@ -99,33 +108,33 @@ if TYPE_CHECKING:
     )
 
 _rooms = {
+    "attention": ["class_attention", "pointing", "pointing_table"],
     "classification": [
-        "Interval",
         "accuracy",
-        "bootstrap",
         "calibration_bins",
         "calibration_error",
         "check_predictions",
-        "class_attention",
+        "check_votes",
         "confusion_matrix",
-        "difference",
-        "differences",
         "evaluate",
         "evaluate_classes",
-        "expert_movement",
         "fit_temperature",
         "macro_f1",
-        "mean_interval",
         "per_class",
-        "pointing",
-        "pointing_table",
         "polarity_accuracy",
-        "proportion",
         "scores",
-        "twin_images",
         "vote_divergence",
         "wheel_distance",
         "with_temperature",
+    ],
+    "facility": [
+        "CHOSEN",
+        "FacilityLocation",
+        "GROUP_FULL",
+        "OPEN",
+        "TOO_NEAR",
+        "facility_location",
+        "facility_value",
     ],
     "generation": [
         "CLIPFeatures",
@@ -170,6 +179,15 @@ _rooms = {
         "mean_interval",
         "proportion",
         "shifted_bootstrap",
+    ],
+    "neighbours": [
+        "Balls",
+        "check_features",
+        "coverage_scores",
+        "half_squares",
+        "nearest",
+        "precision_recall",
+        "unit",
     ],
     "pictures": ["grid"],
     "plots": [

@@ -49,6 +49,22 @@ if TYPE_CHECKING:
         vae_loss,
         vae_scores,
     )
+    from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
+    from .truth import (
+        ImageSpec,
+        OBJECTS,
+        OBJECT_NAMES,
+        OWN_MASS,
+        SCENES,
+        SCENE_NAMES,
+        TEMPLATES,
+        TWO_OBJECTS,
+        WORLD_VERSION,
+        bayes_accuracy,
+        draw_spec,
+        true_posterior,
+        true_table,
+    )
     from .world import (
         Canvas,
         EMOJI,
@@ -123,6 +139,22 @@ _rooms = {
         "tokenize",
         "vae_loss",
         "vae_scores",
+    ],
+    "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
+    "truth": [
+        "ImageSpec",
+        "OBJECTS",
+        "OBJECT_NAMES",
+        "OWN_MASS",
+        "SCENES",
+        "SCENE_NAMES",
+        "TEMPLATES",
+        "TWO_OBJECTS",
+        "WORLD_VERSION",
+        "bayes_accuracy",
+        "draw_spec",
+        "true_posterior",
+        "true_table",
     ],
     "world": [
         "Canvas",

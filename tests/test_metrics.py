@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import special, stats
 
-from uniemo import metrics as M
+from uniemo import measure as M
+from uniemo.backbones import Backbone
 from uniemo.emotions import MIKELS
 from uniemo.mini.world import draw_spec, render
 
@@ -196,7 +197,7 @@ def test_class_attention_is_the_models_own():
     ).train()
     x = torch.rand(2, 3, 32, 32)
     before = model.config._attn_implementation
-    maps = M.class_attention(model, x)
+    maps = M.class_attention(Backbone(model), x)
     assert (
         model.training
         and model.config._attn_implementation == before

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         read_json,
         write_file,
     )
+    from .emogen import EmoGenFiles, load_emogen, read_classifier, read_coefficients, read_table
     from .interop import (
         ADMITTED,
         EmoGenFiles,
@@ -37,6 +38,15 @@ if TYPE_CHECKING:
     )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
+    from .uniemo import (
+        UniEmoFiles,
+        load_uniemo,
+        official_name,
+        official_state,
+        read_mlp,
+        read_state,
+        read_statistics,
+    )
     from .weights import (
         WRAPPERS,
         WeightsError,
@@ -67,6 +77,7 @@ _rooms = {
         "read_json",
         "write_file",
     ],
+    "emogen": ["EmoGenFiles", "load_emogen", "read_classifier", "read_coefficients", "read_table"],
     "interop": [
         "ADMITTED",
         "EmoGenFiles",
@@ -84,6 +95,15 @@ _rooms = {
     ],
     "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
+    "uniemo": [
+        "UniEmoFiles",
+        "load_uniemo",
+        "official_name",
+        "official_state",
+        "read_mlp",
+        "read_state",
+        "read_statistics",
+    ],
     "weights": [
         "WRAPPERS",
         "WeightsError",

@@ -25,7 +25,7 @@ class RefusedFile(FileError):
     "A file that asks for what is not on the list of what may be in it, or that cannot be read."
 
 
-LIMIT = 2**26  # items or bytes; EmoGen's largest pickle has 2**13
+LIMIT = 2**24  # items or bytes; EmoGen's largest pickle has 2**13
 
 
 def count_items(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         wheel_distance,
         with_temperature,
     )
+    from .evidence import Evidence, EvidenceReader, open_image
     from .facility import (
         CHOSEN,
         FacilityLocation,
@@ -127,6 +128,7 @@ _rooms = {
         "wheel_distance",
         "with_temperature",
     ],
+    "evidence": ["Evidence", "EvidenceReader", "open_image"],
     "facility": [
         "CHOSEN",
         "FacilityLocation",

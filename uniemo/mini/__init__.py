@@ -49,6 +49,17 @@ if TYPE_CHECKING:
         vae_loss,
         vae_scores,
     )
+    from .painting import (
+        EMOJI,
+        Rendered,
+        TILE,
+        make_sprites,
+        paint,
+        paint_all,
+        render,
+        sprites,
+        twin,
+    )
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
     from .truth import (
         ImageSpec,
@@ -139,6 +150,17 @@ _rooms = {
         "tokenize",
         "vae_loss",
         "vae_scores",
+    ],
+    "painting": [
+        "EMOJI",
+        "Rendered",
+        "TILE",
+        "make_sprites",
+        "paint",
+        "paint_all",
+        "render",
+        "sprites",
+        "twin",
     ],
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
     "truth": [

@@ -51,6 +51,7 @@ from .data.memory import in_memory, random_crops
 from .data.sets import EmoSet, View, eval_transform, fold, mixing_weights
 from .data.splits import three_splits, training_images
 from .emotions import MIKELS
+from .files.shipped import shipped_folder
 from uniemo.filtering import (
     CRITERIA,
     SCORES,
@@ -72,15 +73,16 @@ from uniemo.joint import (
     warm_start,
 )
 from .measure.generation import evaluate_generation, mini_networks
-from .files.shipped import shipped_folder
 from .mini.foundation import load_clip, load_diffusion
 from .mini.world import OBJECTS, SCENES, caption, draw_spec, paint, true_table
 from .pipeline import UniEmoPipeline
 from .queries import ExpertQueryModel
-from .runs.folders import Parameter, check_parameters
+from .runs.parameters import Parameter, check_parameters
 from .runs.store import Store
 from .space import fit_space
-from .train.trainer import MemoryData, Trainer, Validate
+from .train.batches import MemoryData
+from .train.callbacks import Validate
+from .train.trainer import Trainer
 from .understanding import UnderstandingConfig, UnderstandingStage
 
 

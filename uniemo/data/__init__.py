@@ -7,6 +7,7 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .images import SUFFIXES, read_image, to_rgb
+    from .kept import SCORES, TEXT_COLUMNS, read_table, write_annotated, write_kept
     from .memory import in_memory, memory_size, random_crops
     from .names import (
         check_name,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 _rooms = {
     "images": ["SUFFIXES", "read_image", "to_rgb"],
+    "kept": ["SCORES", "TEXT_COLUMNS", "read_table", "write_annotated", "write_kept"],
     "memory": ["in_memory", "memory_size", "random_crops"],
     "names": [
         "check_name",

@@ -21,21 +21,6 @@ if TYPE_CHECKING:
         write_file,
     )
     from .emogen import EmoGenFiles, load_emogen, read_classifier, read_coefficients, read_table
-    from .interop import (
-        ADMITTED,
-        EmoGenFiles,
-        INTERACTION,
-        RULES,
-        RefusedFile,
-        UNREAD,
-        UniEmoFiles,
-        load_emogen,
-        load_uniemo,
-        official_name,
-        official_state,
-        read_pickle,
-        read_torch,
-    )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
     from .uniemo import (
@@ -78,21 +63,6 @@ _rooms = {
         "write_file",
     ],
     "emogen": ["EmoGenFiles", "load_emogen", "read_classifier", "read_coefficients", "read_table"],
-    "interop": [
-        "ADMITTED",
-        "EmoGenFiles",
-        "INTERACTION",
-        "RULES",
-        "RefusedFile",
-        "UNREAD",
-        "UniEmoFiles",
-        "load_emogen",
-        "load_uniemo",
-        "official_name",
-        "official_state",
-        "read_pickle",
-        "read_torch",
-    ],
     "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
     "uniemo": [

@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def read_torch(
     registry.add_safe_globals(list(admit))
     try:
         _check_records(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on the pickle's protocol
+            content = torch.load(path, map_location="cpu", weights_only=True)
         count_items(content)
         _check_storages(content)
         return content

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         wheel_distance,
         with_temperature,
     )
+    from .curves import LESS_IS_BETTER, plot_curves, read_log
     from .evidence import Evidence, EvidenceReader, open_image
     from .facility import (
         CHOSEN,
@@ -90,22 +91,26 @@ if TYPE_CHECKING:
     )
     from .pictures import grid
     from .plots import (
+        LIMITS,
+        MEANINGS,
+        heat_map,
+        plot_classes,
+        plot_confusion,
+        plot_differences,
+        plot_intervals,
+        plot_reliability,
+    )
+    from .theme import (
         DASHES,
         HATCHES,
         MARKERS,
         PALETTE,
-        overlay,
-        plot_attention,
-        plot_classes,
-        plot_confusion,
-        plot_curves,
-        plot_differences,
-        plot_intervals,
-        plot_movement,
-        plot_predictions,
-        plot_reliability,
-        read_log,
+        SETTINGS,
+        new_axes,
+        set_figure_finding,
+        set_finding,
         theme,
+        themed,
     )
 
 _rooms = {
@@ -128,6 +133,7 @@ _rooms = {
         "wheel_distance",
         "with_temperature",
     ],
+    "curves": ["LESS_IS_BETTER", "plot_curves", "read_log"],
     "evidence": ["Evidence", "EvidenceReader", "open_image"],
     "facility": [
         "CHOSEN",
@@ -193,22 +199,26 @@ _rooms = {
     ],
     "pictures": ["grid"],
     "plots": [
+        "LIMITS",
+        "MEANINGS",
+        "heat_map",
+        "plot_classes",
+        "plot_confusion",
+        "plot_differences",
+        "plot_intervals",
+        "plot_reliability",
+    ],
+    "theme": [
         "DASHES",
         "HATCHES",
         "MARKERS",
         "PALETTE",
-        "overlay",
-        "plot_attention",
-        "plot_classes",
-        "plot_confusion",
-        "plot_curves",
-        "plot_differences",
-        "plot_intervals",
-        "plot_movement",
-        "plot_predictions",
-        "plot_reliability",
-        "read_log",
+        "SETTINGS",
+        "new_axes",
+        "set_figure_finding",
+        "set_finding",
         "theme",
+        "themed",
     ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -221,12 +221,14 @@ class EvidenceReader:
         ):
             index = range(start, min(start + self.batch_size, len(images)))
             batch = [opened(i) if opened else open_image(images[i]) for i in index]
-            pixels = self._pixels(batch, self.view).to(**_place(self.clip))
-            found = self.clip.get_image_features(pixel_values=pixels)
+            pixels = self._pixels(batch, self.view)
+            at_clip = pixels.to(**_place(self.clip))
+            found = self.clip.get_image_features(pixel_values=at_clip)
             features.append(_tensor_of(found, "pooler_output"))
             if self.classifier is None:
                 continue
-            pixels = self._pixels(batch, self.classifier_view or self.view)
+            if self.classifier_view is not None:
+                pixels = self._pixels(batch, self.classifier_view)
             found = self.classifier(pixels.to(**_place(self.classifier, self.clip)))
             logits.append(_tensor_of(found, "logits"))
         return torch.cat(features), torch.cat(logits) if logits else None

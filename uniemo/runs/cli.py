@@ -18,7 +18,11 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/cli.ipynb #cell-03
-import argparse, json, shutil, sys, warnings
+import argparse
+import json
+import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import uniemo
@@ -168,7 +172,7 @@ def do_runs(args):
         )
     t = runs.list_runs(args.runs_dir)
     if not len(t):
-        print(f"no runs in {runs.runs_dir_of(args.runs_dir)}; begin with: uniemo list")
+        print(f"no runs in {runs.runs_folder(args.runs_dir)}; begin with: uniemo list")
         return 0
     print(table(t.astype(object).values.tolist(), list(t.columns), width))
     return 0

@@ -22,7 +22,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/estimate.ipynb #cell-04
-import json, weakref
+import json
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from ..files.shipped import shipped_folder
 from ..fusion import PseudoWordMapper
 from ..joint import JointConfig, JointStage
 from ..queries import ExpertQueryConfig, ExpertQueryModel
-from ..train.trainer import split_batch
+from ..train.advice import split_batch
 from ..understanding import UnderstandingConfig, UnderstandingStage
 
 # %% ../../nbs/runs/estimate.ipynb #cell-07

@@ -4,74 +4,55 @@
 
 # %% auto #0
 __all__ = [
-    "KINDS",
-    "PACKAGE",
-    "write_atomic",
+    "LOCK",
     "write_json",
     "read_json",
-    "Parameter",
-    "read_parameters",
-    "coerce",
-    "nearest",
-    "at_least",
-    "check_parameters",
-    "experiments",
-    "find_notebook",
-    "describe",
     "git_commit",
     "device_info",
     "environment",
+    "is_locked",
     "Run",
+    "runs_folder",
+    "now",
     "new_run",
-    "show_metrics",
-    "Watch",
-    "RunFailed",
-    "Terminated",
-    "start",
-    "resume",
-    "runs_dir_of",
-    "all_runs",
-    "find_run",
-    "main_metric",
-    "list_runs",
-    "compare",
-    "published",
-    "earlier_rows",
 ]
 
 # %% ../../nbs/runs/folders.ipynb #cell-03
-import ast, difflib, io, json, logging, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time, tokenize, warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import suppress
+from datetime import UTC, datetime, timezone
 from functools import cached_property
 from importlib.metadata import distributions
-from importlib.resources import files
 from pathlib import Path
 
-from fastcore.basics import patch
+from ..files import disk
+from ..files.disk import write_file
+from .parameters import PACKAGE
+from .threads import describe_threads
 
 
-# %% ../../nbs/runs/folders.ipynb #cell-07
-def _plain_number(o):
-    if hasattr(o, "tolist"):
-        return o.tolist()
-    if isinstance(o, os.PathLike):
-        return os.fspath(o)
+# %% ../../nbs/runs/folders.ipynb #cell-05
+def _plain(value):
+    "What JSON can hold of a value that it does not know."
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     raise TypeError(
-        f"a {type(o).__name__} cannot be written as JSON: {o!r}; give numbers, text, lists or dicts of them"
+        f"a {type(value).__name__} cannot be written as JSON: {value!r}; "
+        "give numbers, text, lists or dicts of them"
     )
-
-
-def write_atomic(path, data):
-    "Write text or bytes to `path` by way of a temporary file and `os.replace`, so that no reader ever sees a part."
-    path = Path(path)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        tmp.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def _finite(value):
@@ -83,373 +64,121 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path, value):
-    "Write `value` as indented JSON, atomically; numpy and torch numbers become plain numbers, NaN and infinity null."
-    write_atomic(
-        path,
-        json.dumps(_finite(json.loads(json.dumps(value, default=_plain_number))), indent=1) + "\n",
-    )
+# %% ../../nbs/runs/folders.ipynb #facca07f
+def write_json(path: str | os.PathLike, value: object):
+    "Write a value as indented JSON, whole or not at all."
+    plain = _finite(json.loads(json.dumps(value, default=_plain)))
+    write_file(path, json.dumps(plain, indent=1) + "\n")
 
 
-def read_json(path, default=None):
-    "The JSON value in `path`, or `default` where there is no such file; a `ValueError` names a file that is no JSON."
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        return default
-    except ValueError as e:
-        raise ValueError(f"{path} is no JSON: {e}") from None
+def read_json(
+    path: str | os.PathLike,
+    default: object = None,  # where there is no such file
+) -> object:
+    "The value in a JSON file; a `ValueError` names a file that is none."
+    return disk.read_json(path) if os.path.lexists(path) else default
 
 
-# %% ../../nbs/runs/folders.ipynb #cell-12
-KINDS = ("bool", "int", "float", "str", "list", "dict")
-_COMPUTED = object()
-
-
-@dataclass(frozen=True)
-class Parameter:
-    "A notebook's parameter: its `kind` is one of `KINDS` or 'any'; `item` is the kind of a list's elements, or None; `optional` admits None."
-
-    name: str
-    kind: str
-    default: object = None
-    optional: bool = False
-    help: str = ""
-    item: str = None
-
-    @property
-    def computed(self):
-        return self.default is _COMPUTED
-
-    def __str__(self):
-        default = "computed" if self.computed else f"default {self.default!r}"
-        return f"{self.name}: {self.kind}{f'[{self.item}]' if self.item else ''}{' or None' if self.optional else ''} ({default}){'  ' + self.help if self.help else ''}"
-
-
-def _kind_of(value):
-    name = type(value).__name__
-    return name if name in KINDS else "list" if isinstance(value, tuple) else "any"
-
-
-def _annotated(text):
-    "The kind and whether None is admitted, from an annotation's text."
-    optional = bool(re.search(r"\b(None|Optional)\b", text))
-    text = re.sub(r"Optional\[(.*)\]", r"\1", text.strip("'\""))
-    found = [k for k in re.findall(r"\w+", re.sub(r"\[.*?\]", "", text)) if k != "None"]
-    kind = {"tuple": "list"}.get(found[0], found[0]) if len(found) == 1 else "any"
-    return (kind if kind in KINDS else "any"), optional
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-13
-def _as_parameter(node, comment):
-    "A `Parameter` from an assignment's syntax tree, or None where it assigns no single name."
-    target = (
-        node.targets[0]
-        if isinstance(node, ast.Assign) and len(node.targets) == 1
-        else getattr(node, "target", None)
-    )
-    if (
-        not isinstance(node, (ast.Assign, ast.AnnAssign))
-        or not isinstance(target, ast.Name)
-        or node.value is None
-    ):
-        return None
-    try:
-        default = ast.literal_eval(node.value)
-    except (ValueError, TypeError):
-        default = _COMPUTED
-    kind, optional = (
-        ("any", False) if default is _COMPUTED else (_kind_of(default), default is None)
-    )
-    if isinstance(node, ast.AnnAssign):
-        kind, opt = _annotated(ast.unparse(node.annotation))
-        optional |= opt
-    items = {_kind_of(v) for v in default} if isinstance(default, (list, tuple)) else set()
-    item = items.pop() if len(items) == 1 else "float" if items == {"int", "float"} else None
-    return Parameter(target.id, kind, default, optional, comment, None if item == "any" else item)
-
-
-def read_parameters(nb):
-    "The parameters of a notebook (a node or a path) by name, in order: `{name: Parameter}`, empty without a cell tagged `parameters`."
-    cells = (_read_notebook(nb) if isinstance(nb, (str, os.PathLike)) else nb)["cells"]
-    cell = next(
-        (
-            c
-            for c in cells
-            if c["cell_type"] == "code" and "parameters" in c.get("metadata", {}).get("tags", [])
-        ),
-        None,
-    )
-    if cell is None:
-        return {}
-    source = "".join(cell["source"])
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as e:
-        raise ValueError(
-            f"the cell tagged 'parameters' is no plain Python (line {e.lineno}: {e.msg}); leave only assignments there"
-        ) from None
-    comments = {
-        t.start[0]: t.string.lstrip("# ").strip()
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
-    found = [_as_parameter(n, comments.get(n.end_lineno, "")) for n in tree.body]
-    return {p.name: p for p in found if p is not None}
-
-
-def _read_notebook(path):
-    "The notebook at `path` as a dict; a `ValueError` names a file that is no notebook, or one whose language is not Python."
-    nb = read_json(path)
-    if nb is None:
-        raise FileNotFoundError(f"no notebook {path}")
-    if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list):
-        raise ValueError(f"{path} is no notebook of format 4: it has no list of cells")
-    language = nb.get("metadata", {}).get("kernelspec", {}).get("language", "python")
-    if language != "python":
-        raise ValueError(f"{path} is written in {language}; runs execute Python notebooks only")
-    return nb
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-17
-def _literal(v, name):
-    "`v` if it consists of JSON's types only (tuples become lists); else a `ValueError`."
-    if isinstance(v, str):
-        try:
-            v.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"parameter {name}: {v!r} is no valid text (UTF-8)") from None
-    if v is None or isinstance(v, (bool, int, str)):
-        return v
-    if isinstance(v, float):
-        if not math.isfinite(v):
-            raise ValueError(f"parameter {name}: {v} is not finite")
-        return v
-    if isinstance(v, (list, tuple)):
-        return [_literal(x, name) for x in v]
-    if isinstance(v, dict) and all(isinstance(k, str) for k in v):
-        return {_literal(k, name): _literal(x, name) for k, x in v.items()}
-    raise ValueError(
-        f"parameter {name}: {v!r} is of type {type(v).__name__}; use numbers, true/false, text, null, lists, or dicts with text keys"
-    )
-
-
-def _from_text(kind, text):
-    if kind == "str":
-        return text
-    if kind == "bool":
-        return {"true": True, "false": False}[text.lower()]
-    if kind in ("int", "float"):
-        return {"int": int, "float": float}[kind](text)
-    try:
-        return json.loads(text)
-    except ValueError:
-        if kind == "any":
-            return text
-        raise
-
-
-def _fits(kind, v):
-    if kind == "any":
-        return True
-    if kind == "float":
-        return type(v) in (int, float)
-    return type(v).__name__ == kind
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-17b
-def coerce(p, value):
-    "`value`, text or plain data, as parameter `p`'s kind; a `ValueError` names parameter, value and what is wanted."
-    wanted = (
-        p.kind
-        + (f" of {p.item}" if p.item and p.kind == "list" else "")
-        + (" or None" if p.optional else "")
-    )
-    how = {
-        "bool": "; write true or false",
-        "list": '; write JSON, as ["a", "b"]' if p.item == "str" else "; write JSON, as [1, 2]",
-        "dict": '; write JSON, as {"a": 1}',
-    }.get(p.kind, "")
-    refuse = ValueError(
-        f"parameter {p.name}: {value!r} is no {wanted}{how} ({'computed by default' if p.computed else f'default {p.default!r}'})"
-    )
-    v = value
-    if isinstance(v, str) and p.optional and v in ("None", "null"):
-        v = None
-    if isinstance(v, str):
-        try:
-            v = _from_text(p.kind, v)
-        except (ValueError, KeyError, RecursionError):
-            raise refuse from None
-    v = _literal(v, p.name)
-    if v is None and (p.optional or p.kind == "any"):
-        return None
-    if not _fits(p.kind, v) or (
-        p.item and p.kind == "list" and not all(_fits(p.item, x) for x in v)
-    ):
-        raise refuse
-    return float(v) if p.kind == "float" else v
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-18
-def nearest(name, known):
-    "The one of `known` names that looks most like `name`, or None."
-    return next(iter(difflib.get_close_matches(name, list(known), 1, 0.0)), None)
-
-
-def at_least(least, **values):
-    "Refuse parameters below `least`, by name, before the work that they would break."
-    for k, v in values.items():
-        if v is not None and v < least:
-            raise ValueError(f"{k} must be at least {least}, not {v}")
-
-
-def check_parameters(known, given):
-    "`given` values as their parameters' kinds, `{name: value}`; unknown names and ill-typed values raise a `ValueError`."
-    for name in given:
-        if name in known:
-            continue
-        if not known:
-            raise ValueError(
-                f"unknown parameter {name!r}: this notebook has none; tag its cell of assignments 'parameters'"
-            )
-        raise ValueError(
-            f"unknown parameter {name!r}: did you mean {nearest(str(name), known)!r}? known: {', '.join(known)}"
-        )
-    return {name: coerce(known[name], v) for name, v in given.items()}
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-23
-PACKAGE = Path(str(files("uniemo")))
-
-
-def experiments():
-    "The shipped experiments, `{name: path}`: those inside the package first, then a checkout's own."
-    places = [PACKAGE / "experiments", PACKAGE.parent / "nbs" / "experiments"]
-    found = {
-        p.stem: p
-        for place in reversed(places)
-        if place.is_dir()
-        for p in sorted(place.glob("*.ipynb"))
-    }
-    return dict(sorted(found.items()))
-
-
-def find_notebook(name):
-    "The path of an experiment's name or of a notebook of one's own; a `FileNotFoundError` names what is nearest."
-    name = os.fspath(name)
-    path = Path(name)
-    known = experiments()
-    if name in known:
-        return known[name]
-    if path.suffix == ".ipynb" and path.is_file():
-        return path
-    if path.suffix == ".ipynb":
-        raise FileNotFoundError(f"no notebook {name} (looked from {Path.cwd()})")
-    hint = (
-        f"did you mean {nearest(name, known)!r}? known: {', '.join(known)}"
-        if known
-        else "this installation ships none"
-    )
-    raise FileNotFoundError(
-        f"no experiment {name!r}: {hint}; a notebook of your own is given by its path, with .ipynb"
-    )
-
-
-def describe(path):
-    "One line on what a notebook does: the block quote of its first markdown cell, or nothing."
-    first = next(
-        (c for c in _read_notebook(path)["cells"] if c["cell_type"] == "markdown"), {"source": ""}
-    )
-    return next(
-        (
-            line.lstrip("> ").strip()
-            for line in "".join(first["source"]).splitlines()
-            if line.startswith(">")
-        ),
-        "",
-    )
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-26
-def git_commit(folder):
-    "`(commit, dirty)` of the checkout that tracks `folder`'s files; `(None, None)` without git, checkout, or tracked files."
+# %% ../../nbs/runs/folders.ipynb #cell-07
+def git_commit(
+    folder: str | os.PathLike,
+) -> tuple[str | None, bool | None]:  # the commit, and whether files differ from it
+    "The commit of the checkout that tracks a folder's files; `(None, None)` where there is none."
 
     def git(*args):
-        return subprocess.run(
-            ["git", "-C", str(folder), *args],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        ).stdout.strip()
+        command = ["git", "-C", str(folder), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
 
     try:
         if not git("ls-files", "."):
             return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None, None
 
 
-def device_info():
-    "The accelerator as torch sees it, or 'cpu'; None while torch is not imported, as a look would cost seconds."
-    torch = sys.modules.get("torch")
+def device_info() -> str | None:
+    "The accelerator as torch sees it, or 'cpu'; None while torch is not imported."
+    torch = sys.modules.get("torch")  # to import it for a look would cost seconds
     if torch is None or not hasattr(torch, "cuda"):
         return None
     if torch.cuda.is_available():
-        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        count = torch.cuda.device_count()
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(count))
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def environment(seed=None):
-    "What a run's numbers depend on besides its parameters, as a dict."
+def environment(seed: int | None = None) -> dict:
+    "What a run's numbers depend on besides its parameters."
     packages = {(d.metadata["Name"] or "").lower(): d.version for d in distributions()}
+    packages.pop("", None)
     commit, dirty = git_commit(PACKAGE)
     return dict(
         python=platform.python_version(),
         executable=sys.executable,
         platform=platform.platform(),
         cpus=os.cpu_count(),
+        threads=describe_threads(),
         device=device_info(),
         seed=seed,
         commit=commit,
         dirty=dirty,
-        packages=dict(sorted((k, v) for k, v in packages.items() if k)),
+        packages=dict(sorted(packages.items())),
     )
 
 
-# %% ../../nbs/runs/folders.ipynb #9d72e0c3
+# %% ../../nbs/runs/folders.ipynb #cell-10
+LOCK = ".lock"
+
+
+def is_locked(folder: str | os.PathLike) -> bool:
+    "Whether a process, here or on another machine that shares the folder, holds its lock."
+    from filelock import FileLock, Timeout
+
+    path = Path(folder) / LOCK
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except (Timeout, PermissionError):  # of a folder that one may only read, nothing is known
+        return True
+
+
+# %% ../../nbs/runs/folders.ipynb #3a400dd8
 _here = {}  # the runs of this process, by folder
 
 
-# %% ../../nbs/runs/folders.ipynb #cell-29
 class Run:
-    "A run's folder `dir`: `log`, `figure`, `summary`, `checkpoints` for the notebook that runs; `info`, `status`, `params`, `metrics` for who looks at it."
+    "A run's folder: `log`, `figure`, `summary` for the notebook; `status`, `metrics` for others."
 
-    def __init__(self, dir):
+    def __init__(self, dir: str | os.PathLike):
         self.dir = Path(dir).absolute()
 
     def __repr__(self):
         return f"Run({self.dir.name!r}, {self.status})"
 
     @classmethod
-    def current(cls, runs_dir=None, settings=None):
-        """The run that this notebook belongs to (environment variable UNIEMO_RUN_DIR), or a new folder under `runs_dir` where it runs by itself. `settings` (name -> value): what the files in the
-        folder depend on, kept in its settings.json. With other settings a notebook by itself gets a new folder; the folder of a run is refused by a `ValueError`."""
+    def current(
+        cls,
+        runs_dir: str | os.PathLike | None = None,  # for a new folder: UNIEMO_RUNS_DIR or 'runs'
+        settings: dict | None = None,  # what the folder's files depend on, kept in settings.json
+    ) -> "Run":
+        "The run of this notebook (UNIEMO_RUN_DIR), or a new folder where it runs by itself."
         given = os.environ.get("UNIEMO_RUN_DIR")
         if given and not Path(given).is_dir():
-            raise FileNotFoundError(
-                f"UNIEMO_RUN_DIR={given} is no folder; unset it to work without one"
-            )
+            raise FileNotFoundError(f"UNIEMO_RUN_DIR={given} is no folder; unset it to work alone")
+        settings = json.loads(json.dumps(settings or {}, default=_plain))
         key = given or str(runs_dir)
-        settings = json.loads(json.dumps(settings or {}, default=_plain_number))
         run = _here.get(key) or (cls(given) if given else None)
-        if run is None or not given and run._other(settings):
+        if run is None or (not given and run._differs(settings)):
             run = new_run("interactive", settings, runs_dir=runs_dir, status="interactive")
-        if k := run._other(settings):
+        if name := run._differs(settings):
             raise ValueError(
-                f"{run.dir}: what is there was made with another {k} than {settings.get(k)!r}; begin a new run"
+                f"{run.dir}: what is there was made with another {name} "
+                f"than {settings.get(name)!r}; begin a new run"
             )
         if settings:
             write_json(run.dir / "settings.json", settings)
@@ -458,32 +187,30 @@ class Run:
         return run
 
     @property
-    def id(self):
+    def id(self) -> str:
         return self.dir.name
 
     @property
-    def params(self):
+    def params(self) -> dict:
         return read_json(self.dir / "params.json", {})
 
     @property
-    def env(self):
+    def env(self) -> dict:
         return read_json(self.dir / "env.json", {})
 
     @property
-    def info(self):
-        return read_json(self.dir / "status.json", {})
+    def info(self) -> dict:
+        "What status.json says."
+        info = read_json(self.dir / "status.json", {})
+        if not isinstance(info, dict):
+            raise ValueError(f"{self.dir / 'status.json'} is no record of a run")
+        return info
 
     @property
-    def status(self):
-        "'running', 'completed', 'failed', 'interrupted', 'interactive', or 'dead' where the process is gone without a word."
-        info = self.info
-        if (
-            info.get("status") == "running"
-            and info.get("host") == socket.gethostname()
-            and not _alive(info)
-        ):
-            return "dead"
-        return info.get("status", "unknown")
+    def status(self) -> str:
+        "'running', 'completed', 'failed', 'interrupted', 'interactive', or 'dead': gone in silence."
+        status = self.info.get("status", "unknown")
+        return "dead" if status == "running" and not is_locked(self.dir) else status
 
     @cached_property
     def _attempt(self):
@@ -492,7 +219,7 @@ class Run:
     def _set(self, **values):
         write_json(self.dir / "status.json", {**self.info, **values})
 
-    def _other(self, settings):
+    def _differs(self, settings):
         "The first of `settings` that is another in settings.json, or None."
         there = read_json(self.dir / "settings.json", settings) if settings else {}
         return next((k for k in {**settings, **there} if settings.get(k) != there.get(k)), None)
@@ -503,23 +230,20 @@ class Run:
             write_json(self.dir / "env.json", {**env, "device": device_info()})
 
     @property
-    def checkpoints(self):
+    def checkpoints(self) -> Path:
         "The folder for checkpoints, made on first use."
         (self.dir / "checkpoints").mkdir(exist_ok=True)
         return self.dir / "checkpoints"
 
-    def log(self, **metrics):
-        "Append a line to metrics.jsonl: `metrics` (numbers, text), the time in seconds since 1970, the attempt."
-        path = self.dir / "metrics.jsonl"
-        row = json.dumps(
-            {**metrics, "time": round(time.time(), 3), "attempt": self._attempt},
-            default=_plain_number,
-        )
-        with open(path, "a+b") as f:
-            torn = f.tell() > 0 and (f.seek(-1, 2), f.read(1))[1] != b"\n"
-            f.write((("\n" if torn else "") + row + "\n").encode())
+    def log(
+        self,
+        **metrics,  # numbers and text; time (s since 1970) and attempt are added
+    ):
+        "Append a line to metrics.jsonl."
+        row = {**metrics, "time": round(time.time(), 3), "attempt": self._attempt}
+        _append_line(self.dir / "metrics.jsonl", json.dumps(row, default=_plain))
 
-    def summary(self, **values):
+    def summary(self, **values) -> dict:
         "Merge `values` into summary.json and return all of it; without values, only return it."
         merged = {**read_json(self.dir / "summary.json", {}), **values}
         if values:
@@ -527,538 +251,133 @@ class Run:
             self._note_device()
         return merged
 
-    def figure(self, fig, name, dpi=120):
-        "Save a figure (matplotlib, seaborn grid, axes, or a PIL image) as figures/`name`.png and return it, so that a cell can end with it."
-        if not re.fullmatch(r"[\w][\w .-]*", name):
+    def figure(
+        self,
+        fig,  # of matplotlib or seaborn, axes, or a PIL image
+        name: str,
+        dpi: int = 120,
+    ):
+        "Save a picture as figures/`name`.png and return it, so that a cell can end with it."
+        if not re.fullmatch(r"\w[\w .-]*", name):
             raise ValueError(
                 f"figure name {name!r}: use letters, digits, '-', '_', '.', and no folder"
             )
-        buffer = io.BytesIO()
-        (self.dir / "figures").mkdir(exist_ok=True)
-        if hasattr(fig, "save") and not hasattr(fig, "savefig"):
-            fig.save(buffer, format="png")
-        else:
-            canvas = fig if hasattr(fig, "savefig") else fig.get_figure()
-            canvas.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
-            if "matplotlib.pyplot" in sys.modules:
-                sys.modules["matplotlib.pyplot"].close(getattr(canvas, "figure", canvas))
-        write_atomic(self.dir / "figures" / f"{name.removesuffix('.png')}.png", buffer.getvalue())
+        path = self.dir / "figures" / f"{name.removesuffix('.png')}.png"
+        write_file(path, _as_png(fig, dpi))
         return fig
 
     def metrics(self):
-        "All logged lines as a DataFrame, in order. Where a resumed run logged again what an earlier attempt had (same step, keys and texts), the later line counts."
+        "All logged lines as a DataFrame; of a step that was logged by two attempts, the later."
         import pandas as pd
 
-        path = self.dir / "metrics.jsonl"
-        rows, torn = [], 0
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                torn += bool(line.strip())
-        if torn:
-            warnings.warn(f"{path}: {torn} line(s) cut off by a killed process are left out")
-        key = lambda r: (
-            r.get("step"),
-            tuple(sorted(r)),
-            tuple(v for v in r.values() if isinstance(v, str)),
-        )
-        last = {}
-        for r in rows:
-            last[key(r)] = max(r.get("attempt", 1), last.get(key(r), 1))
-        return pd.DataFrame(
-            [r for r in rows if "step" not in r or r.get("attempt", 1) == last[key(r)]]
-        )
+        return pd.DataFrame(_latest(_read_lines(self.dir / "metrics.jsonl")))
 
 
-# %% ../../nbs/runs/folders.ipynb #cell-33
-def _alive(info):
-    import psutil
-
-    try:
-        return abs(psutil.Process(info["pid"]).create_time() - info["pid_created"]) < 1
-    except (psutil.Error, KeyError, TypeError):
-        return False
-
-
-def _process():
-    import psutil
-
-    return dict(
-        pid=os.getpid(), pid_created=psutil.Process().create_time(), host=socket.gethostname()
-    )
-
-
-def _now(timespec="seconds"):
-    return datetime.now(timezone.utc).isoformat(timespec=timespec)
-
-
-def new_run(experiment, params, runs_dir=None, run_id=None, status="running", **info):
-    "A new folder under `runs_dir` (default: UNIEMO_RUNS_DIR or 'runs') with params.json, env.json and status.json; refuses a folder that is there."
-    base = Path(runs_dir or os.environ.get("UNIEMO_RUNS_DIR") or "runs")
-    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
-        raise ValueError(f"run id {run_id!r}: use letters, digits, '-', '_', '.', and no folder")
-    stem = (
-        run_id
-        or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', experiment).strip('-') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
-    )
-    for name in [stem] + ([] if run_id else [f"{stem}-{i}" for i in range(2, 1000)]):
+# %% ../../nbs/runs/folders.ipynb #0b32a3f3
+def _append_line(path, line):
+    "Append a line, after mending one that a killed process left half written."
+    with open(path, "ab+") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(size - 1, 0))
+        torn = size > 0 and f.read(1) != b"\n"
+        data = (("\n" if torn else "") + line + "\n").encode()
         try:
-            (base / name).mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-    else:
-        raise FileExistsError(
-            f"{base / stem} is there already; choose another run id, or go on with: uniemo resume {stem}"
+            f.write(data)
+            f.flush()
+        except OSError as e:
+            with suppress(OSError):
+                f.truncate(size)
+            if disk.is_disk_full(e):
+                raise disk.disk_full(path, len(data)) from None
+            raise
+
+
+def _read_lines(path):
+    "The rows of a metrics.jsonl; half lines are left out with a warning."
+    rows, torn = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            torn += bool(line.strip())
+    if torn:
+        warnings.warn(
+            f"{path}: {torn} line(s) cut off by a killed process are left out", stacklevel=3
         )
-    run = Run(base / name)
-    write_json(run.dir / "params.json", params)
-    write_json(run.dir / "env.json", environment(params.get("seed")))
-    run._set(
-        id=name,
-        experiment=experiment,
-        status=status,
-        started=_now("microseconds"),
-        ended=None,
-        seconds=None,
-        attempts=1,
-        error=None,
-        **info,
-        **_process(),
-    )
-    return run
+    return rows
 
 
-# %% ../../nbs/runs/folders.ipynb #cell-40
-def _kernel_class(env):
-    "A kernel manager whose kernel is this interpreter's own, with `env` added to its environment."
-    import zmq
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from traitlets import default
+def _latest(rows):
+    "The rows without those that a later attempt logged again: same step, keys and texts."
 
-    class OwnKernel(AsyncKernelManager):
-        @property
-        def kernel_spec(self):
-            quiet = get_kernel_dict(
-                ["--log-level=50"]
-            )  # its log calls the interrupt of a normal shutdown an error
-            return KernelSpec(**quiet, env={k: v.replace("$", "$$") for k, v in env.items()})
+    def series(row):
+        texts = tuple(v for v in row.values() if isinstance(v, str))
+        return row.get("step"), tuple(sorted(row)), texts
 
-        @default("transport_encryption")
-        def _encrypt(self):
-            return "auto" if zmq.has("curve") else "disabled"
-
-    return OwnKernel
+    latest = {}
+    for row in rows:
+        latest[series(row)] = max(row.get("attempt", 1), latest.get(series(row), 1))
+    return [r for r in rows if "step" not in r or r.get("attempt", 1) == latest[series(r)]]
 
 
-def _engine():
-    "papermill's engine with our kernel, atomic saving and a watching thread; registered under the name 'uniemo'."
-    import nbformat
-    from papermill.engines import NBClientEngine, papermill_engines
-
-    class RunEngine(NBClientEngine):
-        @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, run=None, progress=True, **kwargs):
-            nb_man.save = lambda **_: write_atomic(nb_man.output_path, nbformat.writes(nb_man.nb))
-            with Watch(run, nb_man.nb, progress):
-                super().execute_managed_notebook(
-                    nb_man,
-                    kernel_name,
-                    kernel_manager_class=_kernel_class({"UNIEMO_RUN_DIR": str(run.dir)}),
-                    **kwargs,
-                )
-
-    papermill_engines.register("uniemo", RunEngine)
-    logging.getLogger("papermill").addFilter(_not_unknown)
+def _as_png(fig, dpi):
+    "The bytes of a picture; one of matplotlib is closed."
+    buffer = io.BytesIO()
+    if hasattr(fig, "save") and not hasattr(fig, "savefig"):
+        fig.save(buffer, format="png")
+        return buffer.getvalue()
+    canvas = fig if hasattr(fig, "savefig") else fig.get_figure()
+    canvas.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close(getattr(canvas, "figure", canvas))
+    return buffer.getvalue()
 
 
-def _not_unknown(record):
-    return not record.getMessage().startswith(
-        "Passed unknown parameter"
-    )  # its inspection misses annotated ones; ours has checked
-
-
-def show_metrics(row):
-    "A logged line as short text: 'step 120, loss 0.3012'."
-    return ", ".join(
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-        for k, v in row.items()
-        if k not in ("time", "attempt")
-    )
-
-
-def _try_json(line):
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-41
-class Watch:
-    "Context manager that shows, on stderr, which of a notebook's code cells runs and what the run logged last: a bar on a terminal, else lines."
-
-    def __init__(self, run, nb, progress=True, every=0.5, stream=None):
-        self.run, self.nb, self.progress, self.every, self.stream = (
-            run,
-            nb,
-            progress,
-            every,
-            stream or sys.stderr,
-        )
-        self.last, self.shown, self.seen, self.start, self.bar = "", 0.0, 0, time.monotonic(), None
-        self.offset = p.stat().st_size if (p := run.dir / "metrics.jsonl").exists() else 0
-        self.stop, self.thread = threading.Event(), threading.Thread(target=self._loop, daemon=True)
-
-    def state(self):
-        "`(k, n, heading)`: the code cell that runs, how many there are, and the heading above it."
-        k = n = 0
-        heading, above = "", ""
-        for c in list(self.nb.cells):
-            if c.cell_type == "markdown":
-                above = next(
-                    (
-                        line.lstrip("# ").strip()
-                        for line in c.source.splitlines()
-                        if line.startswith("#")
-                    ),
-                    above,
-                )
-            elif c.cell_type == "code" and c.source.strip():
-                n += 1
-                if c.metadata.get("papermill", {}).get("status") in (
-                    "running",
-                    "completed",
-                    "failed",
-                ):
-                    k, heading = n, above
-        return k, n, heading
-
-    def look(self):
-        "Read what was logged since the last look."
-        path = self.run.dir / "metrics.jsonl"
-        if path.exists() and path.stat().st_size > self.offset:
-            with open(path, "rb") as f:
-                f.seek(self.offset)
-                new = f.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self.offset += len(whole)
-            self.last = next(
-                (show_metrics(r) for r in map(_try_json, reversed(whole.splitlines())) if r),
-                self.last,
-            )
-
-    def _loop(self):
-        while not self.stop.wait(self.every):
-            self.show()
-
-    def __enter__(self):
-        if self.progress and self.stream.isatty():
-            from tqdm import tqdm
-
-            size = (
-                dict(dynamic_ncols=True)
-                if os.get_terminal_size(self.stream.fileno()).columns
-                else dict(ncols=80, nrows=20)
-            )  # some terminals say 0
-            self.bar = tqdm(
-                total=self.state()[1],
-                file=self.stream,
-                bar_format="{desc} |{bar:20}| {elapsed}{postfix}",
-                **size,
-            )
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc):
-        self.stop.set()
-        self.thread.join()
-        self.show(final=True)
-        if self.bar is not None:
-            self.bar.close()
-
-    def show(self, final=False):
-        "Bring status.json and the display up to date."
-        self.look()
-        k, n, heading = self.state()
-        where = f"cell {k} of {n}" + (f" ({heading})" if heading else "")
-        if k != self.seen:
-            self.run._set(cell=k, cells=n)
-        if self.progress and self.bar is not None:
-            self.bar.n = n if final and k == n else max(k - 1, 0)
-            self.bar.set_description_str(where, refresh=False)
-            self.bar.set_postfix_str(self.last)
-        elif (
-            self.progress
-            and (k != self.seen or final or time.monotonic() - self.start - self.shown > 30)
-            and k
-        ):
-            self.shown = time.monotonic() - self.start
-            print(
-                f"[{self.shown:6.1f} s] {where}" + (f": {self.last}" if self.last else ""),
-                file=self.stream,
-                flush=True,
-            )
-        self.seen = k
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-44
-class RunFailed(RuntimeError):
-    "A notebook stopped with an error; `run` holds the folder with the notebook as far as it went."
-
-    def __init__(self, run, message):
-        super().__init__(message)
-        self.run = run
-
-
-class Terminated(KeyboardInterrupt):
-    "SIGTERM, turned into an interrupt so that a run ends in good order."
-
-
-@contextmanager
-def _terminable():
-    "While inside, SIGTERM raises `Terminated` (in the main thread, where signals may be handled)."
-
-    def stop(*_):
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _execute(run, given, progress):
-    "Execute the run's source.ipynb into executed.ipynb with the `given` parameters, and note how it ended."
-    start, before = time.monotonic(), run.info.get("seconds") or 0
-
-    def end(status, **error):
-        run._set(
-            status=status,
-            ended=_now(),
-            seconds=round(before + time.monotonic() - start, 2),
-            error=error or None,
-        )
-
-    try:
-        with _terminable():
-            import papermill as pm
-            from papermill.exceptions import PapermillExecutionError
-
-            _engine()
-            paths = [
-                str(run.dir / f).replace("{", "{{").replace("}", "}}")
-                for f in ("source.ipynb", "executed.ipynb")
-            ]
-            try:
-                pm.execute_notebook(
-                    *paths,
-                    parameters=given,
-                    engine_name="uniemo",
-                    kernel_name="python3",
-                    language="python",
-                    progress_bar=False,
-                    start_timeout=300,
-                    iopub_timeout=300,
-                    run=run,
-                    progress=progress,
-                )  # a busy machine is slow, not broken
-            except PapermillExecutionError as e:
-                end("failed", cell=e.exec_count, name=e.ename, message=e.evalue)
-                raise RunFailed(
-                    run, f"{run.id} failed in cell [{e.exec_count}]: {e.ename}: {e.evalue}"
-                ) from None
-            end("completed")
-    except KeyboardInterrupt as e:
-        end("interrupted", name=type(e).__name__, message="stopped from outside")
-        raise
-    except RunFailed:
-        raise
-    except Exception as e:
-        end("failed", cell=run.info.get("cell"), name=type(e).__name__, message=str(e))
-        raise RunFailed(run, f"{run.id} failed: {type(e).__name__}: {e}") from e
-    return run
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-45
-def start(name, params=None, runs_dir=None, run_id=None, progress=True):
-    "Run an experiment or a notebook of one's own with `params` in a new folder; returns its `Run`, raises `RunFailed`, and refuses bad parameters first."
-    path = find_notebook(name)
-    nb = _read_notebook(path)
-    known = read_parameters(nb)
-    given = check_parameters(known, params or {})
-    values = {
-        n: given.get(n, None if p.computed else p.default)
-        for n, p in known.items()
-        if n in given or not p.computed
-    }
-    run = new_run(path.stem, values, runs_dir, run_id, given=given, notebook=str(name))
-    shutil.copyfile(path, run.dir / "source.ipynb")
-    return _execute(run, given, progress)
-
-
-def resume(run, progress=True):
-    "Go on with a run that failed, was interrupted or died: the same notebook, parameters and folder, whose checkpoints say how far it was."
-    info, status = run.info, run.status
-    if status == "running":
-        raise ValueError(f"{run.id} is running (process {info['pid']} on {info['host']})")
-    if status == "completed":
-        raise ValueError(f"{run.id} is completed; start a new run instead")
-    if not (run.dir / "source.ipynb").exists():
-        raise ValueError(
-            f"{run.id} cannot go on: {run.dir} has no source.ipynb (was it made in JupyterLab?)"
-        )
-    if (run.dir / "executed.ipynb").exists():
-        os.replace(run.dir / "executed.ipynb", run.dir / f"executed-{info['attempts']}.ipynb")
-    (run.dir / "summary.json").unlink(missing_ok=True)
-    run._set(status="running", attempts=info["attempts"] + 1, ended=None, error=None, **_process())
-    return _execute(Run(run.dir), info["given"], progress)
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-52
-def _flat(values, prefix=""):
-    out = {}
-    for k, v in values.items():
-        out.update(_flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v})
-    return out
-
-
-def runs_dir_of(runs_dir=None):
+# %% ../../nbs/runs/folders.ipynb #cell-12
+def runs_folder(runs_dir: str | os.PathLike | None = None) -> Path:
+    "Where runs are kept: `runs_dir`, else UNIEMO_RUNS_DIR, else 'runs'."
     return Path(runs_dir or os.environ.get("UNIEMO_RUNS_DIR") or "runs")
 
 
-def all_runs(runs_dir=None):
-    "The runs under `runs_dir`, oldest first: every folder with a status.json."
-    base = runs_dir_of(runs_dir)
-    when = lambda r: (
-        (r.dir / "status.json").stat().st_ctime
-        if not (s := _try_info(r).get("started"))
-        else datetime.fromisoformat(s).timestamp(),
-        r.id,
-    )
-    return sorted((Run(p.parent) for p in base.glob("*/status.json")), key=when)
+def now(timespec: str = "seconds") -> str:
+    "The time in UTC, as records have it."
+    return datetime.now(UTC).isoformat(timespec=timespec)
 
 
-def find_run(name, runs_dir=None):
-    "A run by its id under `runs_dir` or by its folder; a `FileNotFoundError` names the nearest."
-    for path in (runs_dir_of(runs_dir) / name, Path(name)):
-        if (path / "status.json").exists():
-            return Run(path)
-    known = [r.id for r in all_runs(runs_dir)]
-    raise FileNotFoundError(
-        f"no run {name!r} in {runs_dir_of(runs_dir)}"
-        + (f": did you mean {nearest(name, known)!r}?" if known else ", which holds none")
+def _new_folder(base, experiment, run_id):
+    "A folder that was not there: `run_id`, or the experiment's name with the time."
+    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
+        raise ValueError(f"run id {run_id!r}: use letters, digits, '-', '_', '.', and no folder")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", experiment).strip("-") or "run"
+    stem = run_id or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for k in range(1, 2 if run_id else 1000):
+        folder = base / (stem if k == 1 else f"{stem}-{k}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(
+        f"{base / stem} is there already; choose another run id, or go on with: uniemo resume {stem}"
     )
 
 
-def _try_info(run):
+def new_run(
+    experiment: str,
+    params: dict,
+    runs_dir: str | os.PathLike | None = None,
+    run_id: str | None = None,  # the folder's name; None: from experiment and time
+    status: str = "starting",
+    **info,  # further fields of status.json
+) -> Run:
+    "A new folder with params.json, env.json and status.json; refuses one that is there."
+    run = Run(_new_folder(runs_folder(runs_dir), experiment, run_id))
+    record = dict(id=run.id, experiment=experiment, status=status, started=now("microseconds"))
+    record |= dict(ended=None, seconds=None, attempts=1, error=None, **info)
+    record |= dict(pid=os.getpid(), host=socket.gethostname())
     try:
-        return run.info
-    except ValueError:
-        return {}
-
-
-def main_metric(run):
-    "The summary's main metric as text, 'accuracy 0.873', or nothing."
-    s = read_json(run.dir / "summary.json", {})
-    value = _flat(s).get(name := s.get("main_metric"))
-    return "" if value is None else show_metrics({name: value})
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-53
-def list_runs(runs_dir=None):
-    "The runs under `runs_dir` as a DataFrame: run, experiment, status, cell, started (UTC), seconds, metric."
-    import pandas as pd
-
-    rows = []
-    for r in all_runs(runs_dir):
-        i = _try_info(r)
-        status = r.status if i else "unreadable"
-        started = i.get("started")
-        secs = i.get("seconds") or (
-            round(time.time() - datetime.fromisoformat(started).timestamp())
-            if status == "running"
-            else None
-        )
-        rows.append(
-            dict(
-                run=r.id,
-                experiment=i.get("experiment"),
-                status=status,
-                cell=f"{i['cell']}/{i['cells']}" if i.get("cells") else "",
-                started=started and datetime.fromisoformat(started).isoformat(timespec="seconds"),
-                seconds=secs,
-                metric=main_metric(r),
-            )
-        )
-    return pd.DataFrame(
-        rows, columns=["run", "experiment", "status", "cell", "started", "seconds", "metric"]
-    )
-
-
-def compare(runs):
-    "Parameters that differ and all summary values of several runs, as a DataFrame with a column a run."
-    import pandas as pd
-
-    if len(runs) < 2:
-        raise ValueError("comparing takes two runs or more")
-    params = {r.id: _flat(r.params) for r in runs}
-    values = {
-        r.id: _flat({k: v for k, v in r.summary().items() if k != "main_metric"}) for r in runs
-    }
-    rows = {
-        ("run", "status"): [r.status for r in runs],
-        ("run", "experiment"): [r.info.get("experiment") for r in runs],
-        ("run", "seconds"): [r.info.get("seconds") for r in runs],
-    }
-    for kind, table in (("parameter", params), ("summary", values)):
-        for name in dict.fromkeys(n for t in table.values() for n in t):
-            row = [table[r.id].get(name) for r in runs]
-            if kind == "summary" or any(v != row[0] for v in row):
-                rows[kind, name] = row
-    return pd.DataFrame.from_dict(
-        rows, orient="index", columns=[r.id for r in runs], dtype=object
-    ).set_index(pd.MultiIndex.from_tuples(rows, names=["", "name"]))
-
-
-# %% ../../nbs/runs/folders.ipynb #cell-56c
-def published(name):
-    "The folder of the results of experiment `name` that come with the package: CSV files, `settings.json` and `provenance.json`; a `FileNotFoundError` names those there are."
-    base = PACKAGE / "assets" / "results"
-    known = sorted(p.name for p in base.glob("*/")) if base.is_dir() else []
-    if name not in known:
-        raise FileNotFoundError(
-            f"no published results of {name!r}; there are: {', '.join(known) or 'none'}"
-        )
-    return base / name
-
-
-def earlier_rows(folder, file, settings):
-    "Rows (dicts without empty cells) of the CSV `file` in `folder`, the results of an earlier run; none without `folder`, or where it has no such table. A folder without `settings.json`, or with other settings than `settings`, is refused."
-    import pandas as pd
-
-    if not folder:
-        return []
-    if not (Path(folder) / "settings.json").exists():
-        raise FileNotFoundError(
-            f"{folder} has no settings.json: name the folder of an earlier run of this experiment"
-        )
-    if not (path := Path(folder) / file).exists():
-        return []
-    there = read_json(Path(folder) / "settings.json")
-    differ = [k for k in settings if there.get(k) != settings[k]]
-    if differ:
-        raise ValueError(
-            f"{path}: {differ[0]} is {there.get(differ[0])!r} there and {settings[differ[0]]!r} here; rows of different settings cannot stand in one table"
-        )
-    return [
-        {k: v for k, v in r.items() if v == v}
-        for r in pd.read_csv(path, engine="python").to_dict("records")
-    ]
+        write_json(run.dir / "params.json", params)
+        write_json(run.dir / "env.json", environment(params.get("seed")))
+        write_json(run.dir / "status.json", record)
+    except BaseException:
+        shutil.rmtree(run.dir, ignore_errors=True)
+        raise
+    return run

@@ -6,51 +6,81 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .trainer import (
+    from .advice import advise_memory, advise_not_finite, is_out_of_memory, split_batch
+    from .batches import MadeData, MemoryData, SampleOrder, balanced, read_batches, seed_all
+    from .callbacks import (
         Callback,
         Checkpoint,
-        FREE,
         Log,
-        MemoryData,
         MovingAverage,
-        Order,
-        Settings,
-        Stage,
-        TrainConfig,
-        Trainer,
+        PARTS,
+        SHOWN,
         Validate,
-        balanced,
-        build_accelerator,
-        optimizer_groups,
-        read_batches,
-        seed_all,
+        digest,
+        find_checkpoints,
+        is_whole,
+        newest_checkpoint,
+        read_best,
+    )
+    from .config import (
+        PRECISIONS,
+        SCHEDULES,
+        Settings,
+        TrainConfig,
+        check_choice,
+        check_positive,
+        check_share,
+        check_weights,
         settings,
-        split_batch,
-        write_file,
+    )
+    from .results import StageResult, run_stage
+    from .trainer import (
+        MAY_CHANGE,
+        Stage,
+        Trainer,
+        build_accelerator,
+        check_trained,
+        choose_precision,
+        optimizer_groups,
     )
 
 _rooms = {
-    "trainer": [
+    "advice": ["advise_memory", "advise_not_finite", "is_out_of_memory", "split_batch"],
+    "batches": ["MadeData", "MemoryData", "SampleOrder", "balanced", "read_batches", "seed_all"],
+    "callbacks": [
         "Callback",
         "Checkpoint",
-        "FREE",
         "Log",
-        "MemoryData",
         "MovingAverage",
-        "Order",
-        "Settings",
-        "Stage",
-        "TrainConfig",
-        "Trainer",
+        "PARTS",
+        "SHOWN",
         "Validate",
-        "balanced",
-        "build_accelerator",
-        "optimizer_groups",
-        "read_batches",
-        "seed_all",
+        "digest",
+        "find_checkpoints",
+        "is_whole",
+        "newest_checkpoint",
+        "read_best",
+    ],
+    "config": [
+        "PRECISIONS",
+        "SCHEDULES",
+        "Settings",
+        "TrainConfig",
+        "check_choice",
+        "check_positive",
+        "check_share",
+        "check_weights",
         "settings",
-        "split_batch",
-        "write_file",
-    ]
+    ],
+    "results": ["StageResult", "run_stage"],
+    "trainer": [
+        "MAY_CHANGE",
+        "Stage",
+        "Trainer",
+        "build_accelerator",
+        "check_trained",
+        "choose_precision",
+        "optimizer_groups",
+    ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from uniemo.conditioning import encode_prompts, max_tokens, split_prompt
-from uniemo.files.interop import load_uniemo
+from uniemo.files.uniemo import load_uniemo
 from uniemo.fusion import PseudoWordMapper
 from uniemo.mini.foundation import load_diffusion
 

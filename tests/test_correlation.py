@@ -17,7 +17,9 @@ from uniemo import mini
 from uniemo.correlation import KINDS, RETRIEVALS, CorrelationTable, Retriever, retrieval_accuracy
 from uniemo.data.sets import EmoSet, EmotionFolder, EmotionTable, eval_transform
 from uniemo.emotions import MIKELS
-from uniemo.files.interop import RefusedFile, load_emogen, load_uniemo
+from uniemo.files.emogen import load_emogen
+from uniemo.files.pickles import RefusedFile
+from uniemo.files.uniemo import load_uniemo
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 real = pytest.mark.skipif(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from uniemo.files.interop import load_uniemo, official_name, official_state
+from uniemo.files.uniemo import load_uniemo, official_name, official_state
 from uniemo.losses import (
     condition_loss,
     likeliest_wrong,

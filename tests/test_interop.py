@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from uniemo.files.interop import RefusedFile, load_emogen, load_uniemo, read_pickle, read_torch
+from uniemo.files.emogen import load_emogen
+from uniemo.files.pickles import RefusedFile, count_items, read_pickle, read_torch
+from uniemo.files.uniemo import load_uniemo
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 golden = pytest.mark.skipif(
@@ -217,7 +219,7 @@ def test_hostile_arrays_are_refused_and_nothing_dies(tmp_path):
             thing if isinstance(thing, bytes) else pickle.dumps(thing, 4)
         )
     code = f"""
-from uniemo.files.interop import read_pickle
+from uniemo.files.pickles import read_pickle
 for name in {list(HOSTILE)}:
     try: print(name, "LOADED", repr(read_pickle(f"{tmp_path}/{{name}}.pkl"))[:200], flush=True)
     except ValueError as e: print(name, type(e).__name__, str(e), flush=True)"""

@@ -20,7 +20,7 @@ from uniemo.data.sets import (
     train_transform,
 )
 from uniemo.emotions import MIKELS
-from uniemo.files.interop import load_emogen
+from uniemo.files.emogen import load_emogen
 from uniemo.space import (
     COORDINATES,
     KINDS,
@@ -410,7 +410,7 @@ def test_emogen_files():
 
 def test_the_authors_files(tmp_path):
     "As the released code writes them, read by `uniemo.interop` and drawn from."
-    from uniemo.files.interop import _space
+    from uniemo.files.uniemo import read_statistics
 
     g = torch.Generator().manual_seed(0)
     truth = {}
@@ -420,7 +420,7 @@ def test_the_authors_files(tmp_path):
             for what, v in zip(("mean", "std"), truth[e, part]):
                 torch.save(v, tmp_path / f"{e}_{name}_{what}.pt")
     space = EmotionSpace.from_statistics(
-        _space(
+        read_statistics(
             tmp_path,
             r"(?P<emotion>.+)_(?P<kind>cls_fea|scene|object)_mean\.pt",
             dict(cls_fea="class", scene="scene", object="object"),

@@ -110,7 +110,7 @@ def write_shelves():
     "The `__init__.py` of each shelf: its rooms' names, read when they are asked for."
     for shelf, doc in SHELVES.items():
         folder = ROOT / "uniemo" / shelf
-        table = shelf_names(folder)
+        table = {room: names for room, names in shelf_names(folder).items() if names}
         rooms = [f"    from .{room} import {', '.join(names)}" for room, names in table.items()]
         lines = [
             f'"""{doc}"""',

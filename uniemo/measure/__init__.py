@@ -89,7 +89,7 @@ if TYPE_CHECKING:
         precision_recall,
         unit,
     )
-    from .pictures import grid
+    from .pictures import grid, overlay, plot_attention, plot_predictions
     from .plots import (
         LIMITS,
         MEANINGS,
@@ -197,7 +197,7 @@ _rooms = {
         "precision_recall",
         "unit",
     ],
-    "pictures": ["grid"],
+    "pictures": ["grid", "overlay", "plot_attention", "plot_predictions"],
     "plots": [
         "LIMITS",
         "MEANINGS",

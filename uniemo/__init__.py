@@ -1,11 +1,14 @@
-"""Emotion in images: expert queries read it, a diffusion model paints it, each teaches the other."""
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .pipeline import UniEmoPipeline  # noqa: F401  (so that editors find its methods)
+import logging
 
 __version__ = "0.1.0"
+
+
+def _is_news(record):
+    "Images are read by Pillow here: that torchvision is not installed is no news."
+    return "requires torchvision (not installed)" not in record.getMessage()
+
+
+logging.getLogger("transformers.utils.import_utils").addFilter(_is_news)
 
 
 def __getattr__(name):

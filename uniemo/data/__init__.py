@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .checking import NO_DATA, check, find_layout, find_root, load_data
+    from .emoset import ATTRIBUTES, EmoSet
+    from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
     from .images import SUFFIXES, read_image, to_rgb
     from .kept import SCORES, TEXT_COLUMNS, read_table, write_annotated, write_kept
     from .memory import in_memory, memory_size, random_crops
@@ -29,36 +32,24 @@ if TYPE_CHECKING:
         read_bytes,
         read_json,
     )
-    from .sets import (
-        ATTRIBUTES,
+    from .sets import EmotionData, examine_all, in_threads, warn_of_likeness
+    from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
+    from .tables import EmotionTable, names_in_cell, read_frame, rename_folded, tidy_cells
+    from .transforms import (
+        ByteView,
         CentreCrop,
-        DataError,
-        EmoSet,
-        EmotionData,
-        EmotionFolder,
-        EmotionTable,
-        EpochSampler,
+        NetworkView,
         RandomCrop,
-        SUFFIXES,
         Transform,
-        View,
-        WithExtra,
-        check,
         eval_transform,
-        fold,
         joint_transform,
-        leaves_root,
-        load_data,
-        make_loader,
-        mixing_weights,
-        read_image,
-        same_images,
-        to_rgb,
         train_transform,
     )
-    from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
 
 _rooms = {
+    "checking": ["NO_DATA", "check", "find_layout", "find_root", "load_data"],
+    "emoset": ["ATTRIBUTES", "EmoSet"],
+    "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
     "images": ["SUFFIXES", "read_image", "to_rgb"],
     "kept": ["SCORES", "TEXT_COLUMNS", "read_table", "write_annotated", "write_kept"],
     "memory": ["in_memory", "memory_size", "random_crops"],
@@ -82,33 +73,18 @@ _rooms = {
         "read_bytes",
         "read_json",
     ],
-    "sets": [
-        "ATTRIBUTES",
+    "sets": ["EmotionData", "examine_all", "in_threads", "warn_of_likeness"],
+    "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
+    "tables": ["EmotionTable", "names_in_cell", "read_frame", "rename_folded", "tidy_cells"],
+    "transforms": [
+        "ByteView",
         "CentreCrop",
-        "DataError",
-        "EmoSet",
-        "EmotionData",
-        "EmotionFolder",
-        "EmotionTable",
-        "EpochSampler",
+        "NetworkView",
         "RandomCrop",
-        "SUFFIXES",
         "Transform",
-        "View",
-        "WithExtra",
-        "check",
         "eval_transform",
-        "fold",
         "joint_transform",
-        "leaves_root",
-        "load_data",
-        "make_loader",
-        "mixing_weights",
-        "read_image",
-        "same_images",
-        "to_rgb",
         "train_transform",
     ],
-    "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

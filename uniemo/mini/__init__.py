@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         sprites,
         twin,
     )
+    from .probes import expert_movement, plot_movement, twin_images
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
     from .truth import (
@@ -134,6 +135,7 @@ _rooms = {
         "sprites",
         "twin",
     ],
+    "probes": ["expert_movement", "plot_movement", "twin_images"],
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
     "truth": [

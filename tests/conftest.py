@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from uniemo.runs.folders import find_notebook
+from uniemo.runs import find_notebook
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

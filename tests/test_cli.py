@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import uniemo
-from uniemo.runs.folders import Run
+from uniemo.runs import Run
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "fixtures" / "tiny.ipynb"

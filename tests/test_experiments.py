@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uniemo.data.sets import EmoSet
+from uniemo.data.emoset import EmoSet
 from uniemo.emotions import MIKELS
 from uniemo.files.shipped import shipped_folder
 from uniemo.mini.world import write_emoset
-from uniemo.runs.folders import RunFailed, find_notebook, resume, start
+from uniemo.runs import RunFailed, find_notebook, resume, start
 
 TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
 

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from uniemo.data.sets import EmoSet, View, check
+from uniemo.data.checking import check
+from uniemo.data.emoset import EmoSet
+from uniemo.data.transforms import NetworkView
 from uniemo.emotions import MIKELS
 from uniemo.feedback import (
     candidates,
@@ -28,9 +30,10 @@ from uniemo.feedback import (
 )
 from uniemo.joint import JointConfig, flip_together
 from uniemo.mini.world import write_emoset
-from uniemo.runs.folders import RunFailed, start
+from uniemo.runs import RunFailed, start
 from uniemo.runs.store import Store
-from uniemo.train.trainer import MemoryData, Trainer
+from uniemo.train.batches import MemoryData
+from uniemo.train.trainer import Trainer
 from uniemo.understanding import UnderstandingConfig
 
 DATA = dict(num_train=48, num_val=24, num_test=24, seed=0)
@@ -253,7 +256,9 @@ def is_emoset(folder, table, store):
             and made["attributes"]["scene"] == r.scene
             and "confidence" in made["scores"]
         )
-    a, b = (_kept_tensors(f, View(64), load_world(DATA)) for f in (folder, folder / "emoset"))
+    a, b = (
+        _kept_tensors(f, NetworkView(64), load_world(DATA)) for f in (folder, folder / "emoset")
+    )
     order = b["label"].argsort(), a["label"].argsort()
     assert (
         all(
@@ -363,7 +368,8 @@ def test_each_network_reads_a_photograph_at_its_own_size(tmp_path, monkeypatch):
     from transformers import CLIPModel
 
     from uniemo import loop
-    from uniemo.data.sets import EmoSet, eval_transform
+    from uniemo.data.emoset import EmoSet
+    from uniemo.data.transforms import eval_transform
     from uniemo.files.shipped import shipped_folder
     from uniemo.mini.foundation import load_clip
     from uniemo.queries import ExpertQueryModel
@@ -395,7 +401,7 @@ def test_each_network_reads_a_photograph_at_its_own_size(tmp_path, monkeypatch):
     detail = lambda x: (x - resized(resized(x, 32), 64)).square().mean()
     torch.testing.assert_close(x, want, atol=0.02, rtol=0)
     assert detail(x) > 10 * detail(resized(resized(want, 32), 64))
-    world = loop.load_world(str(root), loop.View(32), side=64)["train"]
+    world = loop.load_world(str(root), loop.NetworkView(32), side=64)["train"]
     assert (
         world["pixel_values"].shape[-1] == 32
         and world["images"].shape[-1] == 64

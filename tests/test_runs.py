@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from uniemo import runs
-from uniemo.runs.folders import Run, RunFailed, read_json
+from uniemo.runs import Run, RunFailed, folders, read_json
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "fixtures" / "tiny.ipynb"
@@ -248,7 +248,7 @@ def test_resume_uses_the_kept_notebook(tmp_path):
 def test_run_by_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("UNIEMO_RUN_DIR", raising=False)
-    monkeypatch.setattr(runs, "_here", {})
+    monkeypatch.setattr(folders, "_here", {})
     run = Run.current()
     assert (
         run is Run.current() and run.dir.parent == tmp_path / "runs" and run.status == "interactive"
@@ -303,7 +303,7 @@ def test_notebooks_that_are_none(tmp_path):
         metadata={"kernelspec": {"name": "ir", "language": "R", "display_name": "R"}}
     )
     nbformat.write(nb, tmp_path / "r.ipynb")
-    for name, part in [("a", "no JSON"), ("b", "no notebook"), ("r", "written in R")]:
+    for name, part in [("a", "no whole JSON"), ("b", "no notebook"), ("r", "written in R")]:
         with pytest.raises(ValueError, match=part):
             runs.start(tmp_path / f"{name}.ipynb", {}, tmp_path / "runs")
     with pytest.raises(FileNotFoundError, match="looked from"):

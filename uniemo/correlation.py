@@ -21,7 +21,8 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data.sets import fold, make_loader
+from .data.batches import make_loader
+from .data.names import normalize_name
 from .emotions import MIKELS
 from .losses import similarity
 
@@ -61,11 +62,11 @@ class CorrelationTable:
                 raise ValueError(
                     f"{kind} {name!r}: a row is not negative and sums to 1; this one sums to {row.sum():.4g}, its least value is {row.min():.4g}"
                 )
-            if fold(name) in self._place[kind]:
+            if normalize_name(name) in self._place[kind]:
                 raise ValueError(
-                    f"{kind} {name!r} and {self._names[kind][self._place[kind][fold(name)]]!r} are the same name: keep one of them"
+                    f"{kind} {name!r} and {self._names[kind][self._place[kind][normalize_name(name)]]!r} are the same name: keep one of them"
                 )
-            self._place[kind][fold(name)] = i
+            self._place[kind][normalize_name(name)] = i
             out[i] = row / row.sum()
         self._rows[kind] = out
 
@@ -79,9 +80,9 @@ class CorrelationTable:
 
     def index(self, kind, name):
         "The row of a name; a `KeyError` says where else the name is known."
-        if fold(name) in self._place[self._kind(kind)]:
-            return self._place[kind][fold(name)]
-        other = next((k for k in KINDS if fold(name) in self._place[k]), None)
+        if normalize_name(name) in self._place[self._kind(kind)]:
+            return self._place[kind][normalize_name(name)]
+        other = next((k for k in KINDS if normalize_name(name) in self._place[k]), None)
         raise KeyError(
             f"no {kind} {name!r} in the table of {len(self._names[kind])} {kind}s"
             + (f"; there is {other} {name!r}" if other else "")
@@ -98,7 +99,7 @@ class CorrelationTable:
 
     def __contains__(self, key):
         kind, name = key
-        return kind in KINDS and fold(name) in self._place[kind]
+        return kind in KINDS and normalize_name(name) in self._place[kind]
 
     def __iter__(self):
         return ((kind, n) for kind in KINDS for n in self._names[kind])
@@ -286,12 +287,12 @@ class CorrelationTable:
 def emotion_order(own, emotions, what="the table"):
     "The place of each of `emotions` in `own`; a `ValueError` shows both where they are not the same names."
     own, emotions = list(own), list(emotions)
-    place = {fold(e): i for i, e in enumerate(own)}
-    if sorted(place) != sorted(map(fold, emotions)):
+    place = {normalize_name(e): i for i, e in enumerate(own)}
+    if sorted(place) != sorted(map(normalize_name, emotions)):
         raise ValueError(
             f"{what} has the emotions {', '.join(own)}, wanted are {', '.join(emotions)}: no order makes these the same, so make it anew for the emotions wanted"
         )
-    return [place[fold(e)] for e in emotions]
+    return [place[normalize_name(e)] for e in emotions]
 
 # %% ../nbs/06_correlation.ipynb #cell-14
 def _listed(cell):
@@ -307,9 +308,11 @@ def _listed(cell):
 
 def _shown(column, names, kind):
     "Which images show which names: (rows, indices of names), int arrays of equal length."
-    place = {fold(n): i for i, n in enumerate(names)}
+    place = {normalize_name(n): i for i, n in enumerate(names)}
     pairs = [
-        (i, n) for i, cell in enumerate(column) for n in sorted({fold(n) for n in _listed(cell)})
+        (i, n)
+        for i, cell in enumerate(column)
+        for n in sorted({normalize_name(n) for n in _listed(cell)})
     ]  # a name counts once an image
     unknown = sorted({n for _, n in pairs} - set(place))
     if unknown:
@@ -329,7 +332,7 @@ def _annotations(dataset, emotions, names):
         notes, labels = dataset, np.array([list(emotions).index(e) for e in dataset.emotion], int)
         weights = np.eye(len(list(emotions)))[labels]
         found = {
-            k: list({fold(n): n for v in notes.get(k, ()) for n in _listed(v)}.values())
+            k: list({normalize_name(n): n for v in notes.get(k, ()) for n in _listed(v)}.values())
             for k in KINDS
         }
         return (
@@ -465,11 +468,12 @@ class Retriever(ModelMixin, ConfigMixin):
             object_names=names["object"],
             text_dim=text_dim,
         )
-        both = {fold(n) for n in names["object"]}
+        both = {normalize_name(n) for n in names["object"]}
         self.register_buffer(
             "scene_only",
             torch.tensor(
-                [i for i, n in enumerate(names["scene"]) if fold(n) not in both], dtype=torch.long
+                [i for i, n in enumerate(names["scene"]) if normalize_name(n) not in both],
+                dtype=torch.long,
             ),
             persistent=False,
         )
@@ -572,9 +576,9 @@ def retrieval_accuracy(retriever, retrieved, scene=None, objects=None):
             if kind == "scene"
             else own > 0
         )
-        place = {fold(n): i for i, n in enumerate(names)}
+        place = {normalize_name(n): i for i, n in enumerate(names)}
         place = torch.tensor(
-            [place.get(fold(n), -1) for n in retriever.names(kind)], device=own.device
+            [place.get(normalize_name(n), -1) for n in retriever.names(kind)], device=own.device
         )[getattr(retrieved, kind).to(own.device)]
         hit = own.gather(1, place.clamp(min=0)[:, None])[:, 0] & (place >= 0)
         has = own.any(1)

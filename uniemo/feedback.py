@@ -26,9 +26,12 @@ from safetensors.torch import save_file
 from .backbones import Backbone, TextTower, name_text
 from .conditioning import encode_prompts
 from .correlation import CorrelationTable, Retriever
+from .data.emoset import EmoSet
 from .data.memory import in_memory, random_crops
-from .data.sets import EmoSet, View, eval_transform, fold, mixing_weights
+from .data.mixing import mixing_weights
+from .data.names import normalize_name
 from .data.splits import three_splits, training_images
+from .data.transforms import NetworkView, eval_transform
 from .emotions import MIKELS
 from .files.shipped import shipped_folder
 from uniemo.filtering import (
@@ -137,7 +140,7 @@ def paint_split(specs, view, workers=1):
     )
 
 
-def mini_world(num_train=1000, num_val=400, num_test=2000, seed=0, view=View(64), workers=1):
+def mini_world(num_train=1000, num_val=400, num_test=2000, seed=0, view=NetworkView(64), workers=1):
     "A `World` painted in memory."
     specs = dict(
         train=[draw_spec(1000 + seed, i) for i in range(num_train)],
@@ -157,14 +160,14 @@ def _painted(data, view, workers):
     return mini_world(**json.loads(data), view=view, workers=workers)
 
 
-class _Bytes(View):
+class _Bytes(NetworkView):
     "A picture as bytes, a quarter of the memory of numbers."
 
     def __call__(self, pixels):
         return super().__call__(pixels).round().clamp(0, 255).byte()
 
 
-def load_world(data, view=View(64), workers=1, side=None):
+def load_world(data, view=NetworkView(64), workers=1, side=None):
     "The `World` of `data`: parameters of `mini_world`, or the path of a data set whose images fit into memory, split as by `three_splits`. `side`: what its `images` have at least, in pixels (default: as `view`)."
     if isinstance(data, dict):
         return _painted(json.dumps(data, sort_keys=True), view, workers)
@@ -186,7 +189,7 @@ def _diffusion(name):
 def _view(model):
     "How `model` reads images."
     c = model.config
-    return View(c.image_size, tuple(c.image_mean), tuple(c.image_std))
+    return NetworkView(c.image_size, tuple(c.image_mean), tuple(c.image_std))
 
 
 def _batches(tensors, size=100):
@@ -263,7 +266,7 @@ def understanding(
     config = UnderstandingConfig(**config)
     torch.manual_seed(config.seed)
     b = Backbone.from_pretrained(_source(backbone), dtype=torch.float32)
-    view = View(b.image_size, tuple(b.image_mean), tuple(b.image_std))
+    view = NetworkView(b.image_size, tuple(b.image_mean), tuple(b.image_std))
     world = load_world(data, view, workers)
     text = name_tensors(backbone, world.names, config.template)
     text_dim = next((t.shape[1] for t in text.values() if t is not None), None)
@@ -595,7 +598,7 @@ def prompted(
             continue
         for i in range(num_per_emotion):
             names = {k: world.names[k][rng.choice(len(p), p=p)] for k, p in known.items()}
-            said = {k: fold(n) for k, n in names.items()}
+            said = {k: normalize_name(n) for k, n in names.items()}
             jobs.append(
                 dict(
                     emotion=emotion,
@@ -683,7 +686,7 @@ def scores(folder, data, candidates, real="test", as_released=False):
     images, table = read_candidates(candidates)
     world = load_world(data)
     said = {
-        k: [fold(n) for n in table[k]] if k in table and table[k].notna().all() else None
+        k: [normalize_name(n) for n in table[k]] if k in table and table[k].notna().all() else None
         for k in ("scene", "object")
     }
     prompts = (

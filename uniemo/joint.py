@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .conditioning import encode_prompts, max_tokens
 from .correlation import RETRIEVALS
-from .data.sets import fold
+from .data.names import normalize_name
 from .fusion import pseudo_words
 from .losses import condition_loss, diffusion_loss, diffusion_target, joint_loss, word_logits
 from .mini.world import caption
@@ -312,7 +312,10 @@ def name_embeddings(text_encoder, tokenizer, names):
     "Token embeddings [n, d_token] of names, the mean over the tokens of each."
     table = text_encoder.get_input_embeddings().weight.detach().float()
     return torch.stack(
-        [table[tokenizer(fold(n), add_special_tokens=False).input_ids].mean(0) for n in names]
+        [
+            table[tokenizer(normalize_name(n), add_special_tokens=False).input_ids].mean(0)
+            for n in names
+        ]
     )
 
 
@@ -385,7 +388,7 @@ def warm_start(stage, batches, names, steps=600, lr=2e-3, batch_size=32, seed=0)
         "scene",
         "object",
     ]  # a part that is left out has no say here either
-    names = {k: [fold(n) for n in names[k]] for k in own if names.get(k)}
+    names = {k: [normalize_name(n) for n in names[k]] for k in own if names.get(k)}
     stage.to(next(stage.model.parameters()).device)
     *features, scene, objects = _annotated(stage, batches, names)
     n, mapper, encoder = len(scene), stage.mapper.train(), stage.text_encoder

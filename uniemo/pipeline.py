@@ -31,7 +31,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .conditioning import encode_prompts, split_prompt
 from .correlation import Retriever
-from .data.sets import eval_transform, read_image, to_rgb
+from .data.images import read_image, to_rgb
+from .data.transforms import eval_transform
 from .files.shipped import shipped_folder
 from .fusion import PseudoWordMapper, pseudo_words
 from .losses import similarity
@@ -333,7 +334,9 @@ class UniEmoPipeline(DiffusionPipeline):
             )
         ]
         beside = folder / base
-        where = shipped_folder("diffusion") if base == "mini" else beside if beside.exists() else base
+        where = (
+            shipped_folder("diffusion") if base == "mini" else beside if beside.exists() else base
+        )
         pipe = cls.from_diffusion(
             StableDiffusionPipeline.from_pretrained(
                 where,

@@ -66,14 +66,12 @@ class Understanding:
 
     def plot(self, count: int = 8):
         "The first `count` images with what was read and where the queries look: a figure."
+        from uniemo.measure.pictures import grid, plot_attention
+
         images = self.images[:count]
         titles = [f"{e} {p:.2f}" for e, p in zip(self.emotion, self.confidence)][:count]
         if not self.maps:
-            from uniemo.measure.pictures import grid
-
             return grid(images, titles, ncols=min(count, len(self)))
-        from uniemo.measure.pictures import plot_attention
-
         squares = [np.asarray(crop_to(image)) for image in images]
         maps = {kind: value[:count] for kind, value in self.maps.items()}
         return plot_attention(squares, maps, captions=titles)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data.sets import RandomCrop
+from .data.transforms import RandomCrop
 from .emotions import MIKELS
 
 # %% ../nbs/10_space.ipynb #cell-06

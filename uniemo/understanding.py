@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from .backbones import text_features
-from .data.sets import fold
+from .data.names import normalize_name
 from .losses import classification_loss, similarity, understanding_loss
 from .queries import parts as model_parts
 from .queries import train_only
@@ -21,7 +21,7 @@ from .train.trainer import Stage
 # %% ../nbs/05_understanding.ipynb #cell-06
 def name_features(text_model, tokenizer, names, template="a photo of a {}", batch_size=256):
     "Text features [names, d_text] of attribute `names` by a `CLIPModel`, `SiglipModel` or `CLIPTextModelWithProjection`, on the CPU in float32."
-    texts = [template.format(fold(n)) for n in names]
+    texts = [template.format(normalize_name(n)) for n in names]
     return (
         text_features(text_model, tokenizer, texts, batch_size).float().cpu()
         if texts

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .batches import check_tensors, make_loader
     from .checking import NO_DATA, check, find_layout, find_root, load_data
     from .emoset import ATTRIBUTES, EmoSet
     from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
     from .images import SUFFIXES, read_image, to_rgb
     from .kept import SCORES, TEXT_COLUMNS, read_table, write_annotated, write_kept
     from .memory import in_memory, memory_size, random_crops
+    from .mixing import MixedDataset, mix_tensors, mixing_weights, same_images
     from .names import (
         check_name,
         existing_path,
@@ -47,12 +49,14 @@ if TYPE_CHECKING:
     )
 
 _rooms = {
+    "batches": ["check_tensors", "make_loader"],
     "checking": ["NO_DATA", "check", "find_layout", "find_root", "load_data"],
     "emoset": ["ATTRIBUTES", "EmoSet"],
     "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
     "images": ["SUFFIXES", "read_image", "to_rgb"],
     "kept": ["SCORES", "TEXT_COLUMNS", "read_table", "write_annotated", "write_kept"],
     "memory": ["in_memory", "memory_size", "random_crops"],
+    "mixing": ["MixedDataset", "mix_tensors", "mixing_weights", "same_images"],
     "names": [
         "check_name",
         "existing_path",

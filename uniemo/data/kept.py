@@ -18,8 +18,8 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .images import read_image, to_rgb
 from .names import check_name, normalize_name
-from .sets import read_image, to_rgb
 from ..files.disk import write_file
 
 # %% ../../nbs/data/kept.ipynb #2821f0c2

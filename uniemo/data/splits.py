@@ -13,15 +13,20 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .batches import check_tensors
+from .checking import NO_DATA, find_layout, find_root, load_data
+from .folders import SPLIT_NAMES
 from .memory import in_memory
-from .sets import _NO_DATA, _USUAL, DataError, View, _layout, eval_transform, load_data
+from .reading import DataError
+from .transforms import ByteView, NetworkView, eval_transform
 
 # %% ../../nbs/data/splits.ipynb #c5830f1d
 def _usual_splits(root):
     "train, val, test -> what the data set at `root` calls it (None: all of it)."
+    root = find_root(root)
     own, other = {}, []
-    for split in _layout(root).splits(root):
-        name = "train" if split is None else _USUAL.get(str(split).strip().lower())
+    for split in find_layout(root).splits(root):
+        name = "train" if split is None else SPLIT_NAMES.get(str(split).strip().lower())
         if name in own:
             raise DataError(
                 root,
@@ -36,7 +41,7 @@ def _usual_splits(root):
     if other:
         warnings.warn(
             f"{root}: splits {', '.join(map(repr, other))} are not read; "
-            f"known are {', '.join(_USUAL)}",
+            f"known are {', '.join(SPLIT_NAMES)}",
             stacklevel=3,
         )
     return own
@@ -45,7 +50,7 @@ def _usual_splits(root):
 def _check_train(root, own, other):
     "A `DataError` where there is nothing to train on."
     if not own and not other:
-        raise DataError(root, "no data found", _NO_DATA)
+        raise DataError(root, "no data found", NO_DATA)
     if "train" not in own:
         there = ", ".join(other + [str(split) for split in own.values()])
         raise DataError(
@@ -116,6 +121,16 @@ class EmotionSplits:
     ):
         self.splits, self.names = splits, names
         self.emotions, self.specs = emotions, specs
+        self.validate()
+
+    def validate(self):
+        "A `DataError` that names the first image of a split in memory that cannot be used."
+        scenes, objects = (
+            len(self.names[k]) if self.names[k] else None for k in ("scene", "object")
+        )
+        for name, data in self.splits.items():
+            if isinstance(data, dict):
+                check_tensors(data, f"split {name!r}", len(self.emotions), scenes, objects)
 
     def __getitem__(self, split):
         return self.splits[split]
@@ -161,7 +176,7 @@ def _with_names(splits, sets):
 # %% ../../nbs/data/splits.ipynb #f95b03d5
 def open_splits(
     data: str | Path,  # a data set of any layout
-    view: View = None,  # how the network reads an image; None leaves the default transform
+    view: NetworkView = None,  # how the network reads an image; None leaves the default transform
     **kwargs,  # `seed`, `least` to `three_splits`; `on_error`, ... to `load_data`
 ) -> EmotionSplits:
     "The three splits of `data` on disk: an image is read when it is asked for."
@@ -172,16 +187,9 @@ def open_splits(
     return _with_names(sets, sets)
 
 # %% ../../nbs/data/splits.ipynb #666c11be
-class _ByteView(View):
-    "A picture as bytes, a quarter of the memory of numbers."
-
-    def __call__(self, pixels):
-        return super().__call__(pixels).round().clamp(0, 255).byte()
-
-# %% ../../nbs/data/splits.ipynb #dfe98615
 def load_splits(
     data: str | Path,  # a data set of any layout whose images fit into memory
-    view: View = View(64),  # how the network reads an image  # noqa: B008
+    view: NetworkView = NetworkView(64),  # how the network reads an image  # noqa: B008
     side: int = None,  # side of `images` in pixels at least; None: as `view`
     **kwargs,  # `seed`, `least` to `three_splits`; `on_error`, ... to `load_data`
 ) -> EmotionSplits:
@@ -189,7 +197,5 @@ def load_splits(
     sets = three_splits(data, **kwargs)
     for split in sets.values():
         split.transform = eval_transform(view.size, view.mean, view.std, fraction=1.0)
-        split.transform.views["images"] = _ByteView(
-            max(view.size, side or 0), (0.0, 0.0, 0.0), (1 / 255,) * 3
-        )
+        split.transform.views["images"] = ByteView(max(view.size, side or 0))
     return _with_names({name: in_memory(split) for name, split in sets.items()}, sets)

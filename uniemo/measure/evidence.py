@@ -16,14 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
-from uniemo.data.sets import (
-    SUFFIXES,
-    DataError,
-    EmotionData,
-    View,
-    eval_transform,
-    read_image,
-)
+from ..data.images import SUFFIXES, read_image
+from ..data.reading import DataError
+from ..data.sets import EmotionData
+from ..data.transforms import NetworkView, eval_transform
 
 # %% ../../nbs/measure/evidence.ipynb #b4e4eacd
 def _on_cpu(values, dtype=torch.float32):
@@ -174,11 +170,11 @@ class EvidenceReader:
     "Gathers the `Evidence` of images by a CLIP, the names' text features and a classifier."
 
     clip: torch.nn.Module  # its `get_image_features(pixel_values=...)` is used
-    view: View  # how it reads an image: size, mean, std
+    view: NetworkView  # how it reads an image: size, mean, std
     attributes: list = None  # A pairs (kind, name)
     text: torch.Tensor = None  # [A, d] features of their sentences by the same CLIP
     classifier: torch.nn.Module = None  # pixel values -> logits [B, E], or an output with `logits`
-    classifier_view: View = None  # None: as `view`
+    classifier_view: NetworkView = None  # None: as `view`
     batch_size: int = 64
     progress: bool = False
 

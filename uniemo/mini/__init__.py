@@ -6,6 +6,27 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .clip import (
+        ClipStage,
+        SPARE_ROWS,
+        build_clip,
+        caption_contrast,
+        captions_of,
+        clip_config,
+        clip_loss,
+        clip_scores,
+        image_embeds,
+        load_clip,
+        name_embeds,
+        naming_scores,
+        retrieve_names,
+        save_clip,
+        shift_patches,
+        step_rng,
+        text_embeds,
+        text_encoder_of,
+        to_pixels,
+    )
     from .foundation import (
         LATENT_STD,
         PLACEHOLDER,
@@ -63,6 +84,7 @@ if TYPE_CHECKING:
     from .probes import expert_movement, plot_movement, twin_images
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
+    from .tokens import PLACEHOLDER, POSITIONS, build_tokenizer, tokenize
     from .truth import (
         ImageSpec,
         OBJECTS,
@@ -81,6 +103,27 @@ if TYPE_CHECKING:
     from .writing import label_file, read_specs, write_emoset
 
 _rooms = {
+    "clip": [
+        "ClipStage",
+        "SPARE_ROWS",
+        "build_clip",
+        "caption_contrast",
+        "captions_of",
+        "clip_config",
+        "clip_loss",
+        "clip_scores",
+        "image_embeds",
+        "load_clip",
+        "name_embeds",
+        "naming_scores",
+        "retrieve_names",
+        "save_clip",
+        "shift_patches",
+        "step_rng",
+        "text_embeds",
+        "text_encoder_of",
+        "to_pixels",
+    ],
     "foundation": [
         "LATENT_STD",
         "PLACEHOLDER",
@@ -138,6 +181,7 @@ _rooms = {
     "probes": ["expert_movement", "plot_movement", "twin_images"],
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
+    "tokens": ["PLACEHOLDER", "POSITIONS", "build_tokenizer", "tokenize"],
     "truth": [
         "ImageSpec",
         "OBJECTS",

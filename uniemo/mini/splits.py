@@ -9,8 +9,8 @@ __all__ = ['paint_split', 'paint_splits', 'paint_neutral', 'paint_emotional']
 import numpy as np
 import torch
 
-from ..data.sets import View
 from ..data.splits import EmotionSplits
+from ..data.transforms import NetworkView
 from ..emotions import MIKELS
 from .painting import paint
 from .truth import OBJECTS, SCENES, ImageSpec, draw_spec, true_posterior
@@ -18,7 +18,7 @@ from .truth import OBJECTS, SCENES, ImageSpec, draw_spec, true_posterior
 # %% ../../nbs/mini/splits.ipynb #83a8ab1a
 def paint_split(
     specs: list[ImageSpec],
-    view: View,  # how the network reads an image
+    view: NetworkView,  # how the network reads an image
     workers: int = 1,  # processes that paint
 ) -> dict[str, torch.Tensor]:
     """Tensors of painted images: `pixel_values` by `view`, `images` uint8 [n, 3, H, W],
@@ -39,7 +39,7 @@ def paint_splits(
     num_val: int = 400,
     num_test: int = 2000,
     seed: int = 0,  # of training and validation images
-    view: View = View(64),  # how the network reads an image  # noqa: B008
+    view: NetworkView = NetworkView(64),  # how the network reads an image  # noqa: B008
     workers: int = 1,  # processes that paint
 ) -> EmotionSplits:
     "Three splits of the painted world, in memory, and what each image shows."

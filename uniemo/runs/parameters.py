@@ -229,6 +229,8 @@ def _refusal(p, value, problem):
     how = HOW_TO_WRITE.get(p.kind, "")
     if p.item == "str":
         how = '; write JSON, as ["a", "b"]'
+    if odd := re.search(r"invalid-json-value.*input_type=(\w+)", said):
+        how = f"; what is of type {odd[1]} is no JSON"
     return ValueError(f"parameter {p.name}: {value!r} is no {wanted}{how} ({p.default_text()})")
 
 

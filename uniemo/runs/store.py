@@ -74,7 +74,7 @@ def contents(path, skip=()):
                 elif e.path not in skip:
                     folders.append(e.path)
     if files and Path(root).suffix.lower() in (".csv", ".tsv", ".parquet", ".pq"):
-        from uniemo.data.sets import EmotionTable
+        from uniemo.data.tables import EmotionTable
 
         table = EmotionTable.read(root)
         column = next((c for c in ("path", "image", "image_path", "filename") if c in table), None)

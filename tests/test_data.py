@@ -13,27 +13,24 @@ import pytest
 import torch
 from PIL import Image
 
-from uniemo.data.sets import (
+from uniemo.data.batches import make_loader
+from uniemo.data.checking import check, load_data
+from uniemo.data.emoset import EmoSet
+from uniemo.data.folders import EmotionFolder
+from uniemo.data.images import read_image, to_rgb
+from uniemo.data.mixing import same_images
+from uniemo.data.reading import DataError
+from uniemo.data.splits import three_splits
+from uniemo.data.tables import EmotionTable
+from uniemo.data.transforms import (
     CentreCrop,
-    DataError,
-    EmoSet,
-    EmotionFolder,
-    EmotionTable,
-    EpochSampler,
+    NetworkView,
     RandomCrop,
     Transform,
-    View,
-    check,
     eval_transform,
     joint_transform,
-    load_data,
-    make_loader,
-    read_image,
-    same_images,
-    to_rgb,
     train_transform,
 )
-from uniemo.data.splits import three_splits
 from uniemo.emotions import MIKELS, EmotionSet
 
 data = pytest.importorskip("skimage.data")
@@ -146,10 +143,13 @@ def test_sixteen_bits_keep_their_range(tmp_path, photos):
     for ending in ("png", "tif"):
         Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"a.{ending}")
         assert (np.asarray(read_image(tmp_path / f"a.{ending}"))[..., 1] == grey).all()
-    assert (np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32))))[..., 0] == grey).all()
-    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(DataError, match="floating point.*Fetch it again or convert"):
-        read_image(tmp_path / "f.tif")
+    for kind, said in ((np.float32, "floating point"), (np.int32, "32-bit integer")):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "f.tif")
+        with pytest.raises(DataError, match=f"{said}.*known range. Convert it to 8-bit RGB"):
+            read_image(tmp_path / "f.tif")
+    # a dark picture with 16 bits stays dark: its range is not guessed from its values
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 2 65535 " + np.full(4, 200, ">u2").tobytes())
+    assert np.asarray(read_image(tmp_path / "a.pgm")).max() == 0
 
 
 def test_transparency_lies_on_white(tmp_path, photos):
@@ -261,7 +261,7 @@ def test_draws_follow_the_seed(photos):
 def test_any_size_of_image(size):
     for geometry in (RandomCrop(), CentreCrop(), CentreCrop(1.0, 0.5)):
         for seed in range(5):
-            x = Transform(geometry, dict(pixel_values=View(16)))(
+            x = Transform(geometry, dict(pixel_values=NetworkView(16)))(
                 Image.new("RGB", size, "red"), np.random.default_rng(seed)
             )["pixel_values"]
             assert x.shape == (3, 16, 16) and torch.isfinite(x).all()
@@ -555,7 +555,7 @@ def test_folders(folder):
 def test_files_that_are_no_images_are_told(folder):
     (folder / "train/joy/notes.txt").write_text("x")
     (folder / "train/joy/.DS_Store").write_text("x")
-    with pytest.warns(UserWarning, match="1 files are no .jpg.*notes.txt"):
+    with pytest.warns(UserWarning, match="1 files are no images that are read .1 .txt.*notes.txt"):
         d = EmotionFolder(folder, "train")
     assert d.ignored == ["train/joy/notes.txt"] and list(check(folder, verbose=False)["path"]) == [
         "train/joy/notes.txt"
@@ -767,8 +767,8 @@ def test_a_row_without_a_split_is_told(folder):
         )
         first = EmotionTable.splits(folder / "t.csv")[0]
         assert EmotionTable.splits(folder / "t.csv") == (
-            ["test", "train"] if len(lost) == 2 else [0, 1]
-        ) and type(first) in (str, int)
+            ["test", "train"] if len(lost) == 2 else ["0", "1"]
+        )
         table = check(folder / "t.csv", verbose=False)
         assert (
             [p.rsplit(", ")[1] for p in table["path"]] == lost
@@ -798,7 +798,7 @@ CELLS = dict(
     label=(dict(label=["calm", None, "joy"]), "unknown label: the cell is empty"),
     blank=(dict(label=["calm", "  ", "joy"]), "unknown label: the cell is empty"),
     numbers=(dict(label=[0, None, 2]), "unknown label: the cell is empty"),
-    half=(dict(label=[0, 1.5, 1]), "unknown label: emotion 1.5"),
+    half=(dict(label=[0, 1.5, 1]), "unknown label: emotion "),
 )
 
 
@@ -897,22 +897,13 @@ def test_an_error_in_a_worker_names_the_file(emoset):
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(emoset):
     def run(workers, epoch, seed=0, batch_size=4):
-        loader = make_loader(
-            EmoSet(emoset, transform=train_transform(16), seed=seed),
-            batch_size,
-            shuffle=True,
-            workers=workers,
-        )
-        loader.sampler.set_epoch(epoch)
-        return torch.cat([b["pixel_values"] for b in loader])
+        data = EmoSet(emoset, transform=train_transform(16), seed=seed)
+        data.set_epoch(epoch)
+        return torch.cat([b["pixel_values"] for b in make_loader(data, batch_size, workers)])
 
     base = run(0, 1)
-    assert (
-        torch.equal(base, run(2, 1))
-        and torch.equal(base, run(0, 1, batch_size=7))
-        and not torch.equal(base, run(0, 2))
-        and not torch.equal(base, run(0, 1, seed=1))
-    )
+    assert torch.equal(base, run(2, 1)) and torch.equal(base, run(0, 1, batch_size=7))
+    assert not torch.equal(base, run(0, 2)) and not torch.equal(base, run(0, 1, seed=1))
 
 
 def test_running_workers_see_the_epoch(emoset):
@@ -925,17 +916,6 @@ def test_running_workers_see_the_epoch(emoset):
     part = d.subset([0, 1])
     part.set_epoch(9)
     assert torch.equal(second[3], d[3]["pixel_values"])  # a part has its own epoch
-
-
-def test_balanced_order_uses_every_image_of_a_class(emoset):
-    d = EmoSet(emoset).subset(np.r_[0:9])  # 2, 2, 2, 2, 1 images
-    sampler = EpochSampler(d, balanced=True)
-    order = list(sampler)
-    counts = np.bincount(d.labels[order], minlength=5)
-    assert len(order) == 9 and counts.max() - counts.min() <= 1 and list(sampler) == order
-    assert set(order) >= set(np.flatnonzero(np.isin(d.labels, np.flatnonzero(counts >= 2))))
-    sampler.set_epoch(1)
-    assert int(d._epoch) == 1
 
 
 def test_opens_without_touching_the_files(tmp_path, emoset):

@@ -211,7 +211,7 @@ def wish_text(wish) -> str:
 
 # %% ../nbs/diffusion/sampling.ipynb #b0e5d6a6
 def guide(
-    # predictions [k, B, ...]: of the negative, the neutral and the emotional prompt, as far as needed
+    # predictions [k, B, ...] of the negative, the neutral, the emotional prompt, as far as needed
     parts: torch.Tensor,
     # whether the negative prompt is among them
     guided: bool,

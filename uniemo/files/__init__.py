@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         read_statistics,
     )
     from .weights import (
+        NO_WRAPPERS,
         WRAPPERS,
         WeightsError,
         check_state,
@@ -75,6 +76,7 @@ _rooms = {
         "read_statistics",
     ],
     "weights": [
+        "NO_WRAPPERS",
         "WRAPPERS",
         "WeightsError",
         "check_state",

@@ -134,7 +134,8 @@ class Validate(Callback):
         if not math.isfinite(metrics[name]):
             warnings.warn(
                 f"validation after step {step}: {name} is {metrics[name]}; "
-                "these weights are not kept"
+                "these weights are not kept",
+                stacklevel=2,
             )
             return False
         sign = 1 if stage.greater_is_better else -1
@@ -247,7 +248,7 @@ def newest_checkpoint(
     if found and path is None:
         raise WeightsError(f"none of the checkpoints in {folder} can be read; {ANEW}")
     if found and path != found[0]:
-        warnings.warn(f"{found[0]} is damaged; going on from {path.name}")
+        warnings.warn(f"{found[0]} is damaged; going on from {path.name}", stacklevel=2)
     return path
 
 # %% ../../nbs/train/callbacks.ipynb #9574411e

@@ -28,7 +28,7 @@ def photographs(size, mean, std, vae_size):
     from PIL import Image
     from skimage import data
 
-    from uniemo.data.sets import joint_transform
+    from uniemo.data.transforms import joint_transform
 
     view, rows = joint_transform(size, mean, std, vae_size), []
     for k, name in enumerate(PHOTOS):
@@ -52,7 +52,8 @@ def build(config, diffusion):
 def joint(config, diffusion, steps):
     "Joint steps by the trainer: seconds of each, and the last loss."
     from uniemo.joint import JointStage
-    from uniemo.train.trainer import Callback, Trainer
+    from uniemo.train.callbacks import Callback
+    from uniemo.train.trainer import Trainer
 
     p = build(config, diffusion)
     c = p.encoder.config
@@ -78,13 +79,8 @@ def joint(config, diffusion, steps):
             self.times.append(time.perf_counter())
 
     clock = Clock()
-    trainer = Trainer(
-        stage,
-        config,
-        photographs(c.image_size, c.image_mean, c.image_std, config.vae_size),
-        callbacks=[clock],
-        progress=False,
-    ).fit()
+    images = photographs(c.image_size, c.image_mean, c.image_std, config.vae_size)
+    trainer = Trainer(stage, config, images, progress=False).add(clock).fit()
     return dict(
         seconds=[b - a for a, b in zip(clock.times, clock.times[1:])],
         loss=trainer.history[-1]["loss"],

@@ -18,7 +18,9 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from uniemo.queries import ExpertQueryModel, parts
-from uniemo.train.trainer import Order, Stage, TrainConfig, Trainer, read_batches
+from uniemo.train.batches import SampleOrder, read_batches
+from uniemo.train.config import TrainConfig
+from uniemo.train.trainer import Stage, Trainer
 from uniemo.understanding import UnderstandingConfig, UnderstandingStage
 
 KILLS = int(os.environ.get("UNIEMO_KILLS", 3))
@@ -360,7 +362,7 @@ class Epochs(Dataset):
 
 def test_each_position_has_its_own_augmentation_whoever_reads_it():
     data, spans = ConcatDataset([Epochs(), Epochs()]), [(k, k + 3) for k in range(0, 30, 3)]
-    one, two = (torch.cat(list(read_batches(data, Order(10), spans, workers=w))) for w in (0, 2))
+    one, two = (torch.cat(list(read_batches(data, SampleOrder(10), spans, workers=w))) for w in (0, 2))
     assert torch.equal(one, two) and torch.equal(one[:, 1], torch.arange(30))
 
 

@@ -162,7 +162,8 @@ def _check(evidence, real, emotions):
         if e.emotions is not None and tuple(e.emotions) != tuple(emotions):
             raise ValueError(
                 f"{e.name}: its emotions are {', '.join(e.emotions)}, those asked for "
-                f"{', '.join(emotions)}: labels are read by position, so pass emotions=data.emotions"
+                f"{', '.join(emotions)}: labels are read by position, "
+                "so pass emotions=data.emotions"
             )
     if evidence.logits.shape[1] != len(emotions):
         raise ValueError(

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         runs_folder,
         write_json,
     )
+    from .keys import Module, SHOWS, TABLES, fingerprint, reached, read_module, source_hash
     from .parameters import (
         COMPUTED,
         HOW_TO_WRITE,
@@ -120,6 +121,7 @@ _rooms = {
         "runs_folder",
         "write_json",
     ],
+    "keys": ["Module", "SHOWS", "TABLES", "fingerprint", "reached", "read_module", "source_hash"],
     "parameters": [
         "COMPUTED",
         "HOW_TO_WRITE",

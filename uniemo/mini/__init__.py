@@ -6,6 +6,19 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .autoencoder import (
+        AutoencoderStage,
+        LATENT_STD,
+        build_vae,
+        edges,
+        encode_latents,
+        only_decoder,
+        patch_features,
+        reconstruct,
+        scale_latents,
+        vae_loss,
+        vae_scores,
+    )
     from .clip import (
         ClipStage,
         SPARE_ROWS,
@@ -103,6 +116,19 @@ if TYPE_CHECKING:
     from .writing import label_file, read_specs, write_emoset
 
 _rooms = {
+    "autoencoder": [
+        "AutoencoderStage",
+        "LATENT_STD",
+        "build_vae",
+        "edges",
+        "encode_latents",
+        "only_decoder",
+        "patch_features",
+        "reconstruct",
+        "scale_latents",
+        "vae_loss",
+        "vae_scores",
+    ],
     "clip": [
         "ClipStage",
         "SPARE_ROWS",

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
         read_notebook,
         read_parameters,
     )
-    from .store import BESIDE, HOW, Store, code_hash, contents
+    from .store import NOT_IN_KEY, OWN_FILES, PATHS, Store, check_stage, shipped_hash
     from .tables import (
         BROKEN,
         COLUMNS,
@@ -138,7 +138,7 @@ _rooms = {
         "read_notebook",
         "read_parameters",
     ],
-    "store": ["BESIDE", "HOW", "Store", "code_hash", "contents"],
+    "store": ["NOT_IN_KEY", "OWN_FILES", "PATHS", "Store", "check_stage", "shipped_hash"],
     "tables": [
         "BROKEN",
         "COLUMNS",

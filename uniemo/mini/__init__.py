@@ -83,6 +83,16 @@ if TYPE_CHECKING:
         vae_loss,
         vae_scores,
     )
+    from .judge import (
+        Judge,
+        Judgement,
+        attribute_fit,
+        build_judge,
+        fit_of_each,
+        judged_names,
+        load_judge,
+        mini_networks,
+    )
     from .painting import (
         EMOJI,
         Rendered,
@@ -192,6 +202,16 @@ _rooms = {
         "tokenize",
         "vae_loss",
         "vae_scores",
+    ],
+    "judge": [
+        "Judge",
+        "Judgement",
+        "attribute_fit",
+        "build_judge",
+        "fit_of_each",
+        "judged_names",
+        "load_judge",
+        "mini_networks",
     ],
     "painting": [
         "EMOJI",

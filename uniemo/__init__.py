@@ -1,4 +1,9 @@
 import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # for editors and type checkers
+    from .pipeline import UniEmoPipeline as UniEmoPipeline
 
 __version__ = "0.1.0"
 

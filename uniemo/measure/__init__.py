@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         facility_value,
     )
     from .generation import (
+        EmotionOfFeatures,
         HIGHER_IS_BETTER,
         MetricSettings,
         NEEDS,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         kid,
         mean_over_emotions,
         perceptual_diversity,
+        published_networks,
         semantic_clarity,
         semantic_diversity,
     )
@@ -141,6 +143,7 @@ _rooms = {
         "facility_value",
     ],
     "generation": [
+        "EmotionOfFeatures",
         "HIGHER_IS_BETTER",
         "MetricSettings",
         "NEEDS",
@@ -154,6 +157,7 @@ _rooms = {
         "kid",
         "mean_over_emotions",
         "perceptual_diversity",
+        "published_networks",
         "semantic_clarity",
         "semantic_diversity",
     ],

@@ -40,6 +40,23 @@ if TYPE_CHECKING:
         text_encoder_of,
         to_pixels,
     )
+    from .diffusion import (
+        DiffusionStage,
+        PatchReadout,
+        SAMPLING,
+        SCHEDULE,
+        balanced_prompts,
+        build_unet,
+        diffusion_pipeline,
+        diffusion_scores,
+        draw_weights,
+        load_diffusion,
+        sample,
+        samples_to_paint,
+        save_diffusion,
+        to_images,
+        weighted_velocity_loss,
+    )
     from .foundation import (
         LATENT_STD,
         PLACEHOLDER,
@@ -106,6 +123,7 @@ if TYPE_CHECKING:
     )
     from .probes import expert_movement, plot_movement, twin_images
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
+    from .shipping import ship
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
     from .tokens import PLACEHOLDER, POSITIONS, build_tokenizer, tokenize
     from .truth import (
@@ -159,6 +177,23 @@ _rooms = {
         "text_embeds",
         "text_encoder_of",
         "to_pixels",
+    ],
+    "diffusion": [
+        "DiffusionStage",
+        "PatchReadout",
+        "SAMPLING",
+        "SCHEDULE",
+        "balanced_prompts",
+        "build_unet",
+        "diffusion_pipeline",
+        "diffusion_scores",
+        "draw_weights",
+        "load_diffusion",
+        "sample",
+        "samples_to_paint",
+        "save_diffusion",
+        "to_images",
+        "weighted_velocity_loss",
     ],
     "foundation": [
         "LATENT_STD",
@@ -226,6 +261,7 @@ _rooms = {
     ],
     "probes": ["expert_movement", "plot_movement", "twin_images"],
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
+    "shipping": ["ship"],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
     "tokens": ["PLACEHOLDER", "POSITIONS", "build_tokenizer", "tokenize"],
     "truth": [

@@ -1,10 +1,7 @@
 "The store of stages, joint training that is interrupted, and tiny runs of the experiments that are built on them."
 
 import json
-import multiprocessing
-import os
 import shutil
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,74 +57,6 @@ def trained(store):
     return encoder, store(joint, data=DATA, encoder=encoder, config=SECOND)
 
 
-def count(folder, **params):
-    (folder / "ran").write_text(
-        str(int((folder / "ran").read_text()) + 1 if (folder / "ran").exists() else 1)
-    )
-
-
-def test_a_stage_runs_once(tmp_path):
-    s = Store(tmp_path, code="one", log=lambda m: None)
-    a = s(count, x=1, y=[2, (3, 4)])
-    assert (
-        s(count, y=[2, [3, 4]], x=1) == a and (a / "ran").read_text() == "1"
-    )  # order and tuples do not matter
-    assert (
-        s(count, x=2, y=[2, 3]) != a
-        and Store(tmp_path, code="two", log=print).path(count, x=1, y=[2, [3, 4]]) != a
-    )
-    (a / "done.json").unlink()
-    s(count, x=1, y=[2, [3, 4]])
-    assert (a / "ran").read_text() == "2"  # killed before its end: goes on in the same folder
-    assert (
-        s.path(count, x=a) == s.path(count, x=a) != s.path(count, x=s(count, x=2, y=[2, 3]))
-    )  # inputs count by their own hash
-
-
-def test_a_stage_that_fails_is_not_done(tmp_path):
-    def broken(folder):
-        raise RuntimeError("no")
-
-    s = Store(tmp_path, code="one")
-    with pytest.raises(RuntimeError):
-        s(broken)
-    assert not (s.path(broken) / "done.json").exists()
-
-
-def broken_once(folder):
-    "Trains, and is killed the first time just before its end."
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    best = folder / "checkpoints" / "best"
-    if not best.exists():
-        best.write_text("trained")
-    if not (folder / "killed").exists():
-        (folder / "killed").touch()
-        raise KeyboardInterrupt
-    (folder / "result").write_text(best.read_text())
-
-
-def test_checkpoints_go_when_the_stage_is_done(tmp_path, monkeypatch):
-    s = Store(tmp_path, code="one", log=print)
-    folder = s.path(broken_once)
-    with pytest.raises(KeyboardInterrupt):
-        s(broken_once)
-    assert (folder / "checkpoints" / "best").exists()
-    with monkeypatch.context() as m:
-
-        def killed(path, **kwargs):
-            (folder / "checkpoints" / "best").unlink()
-            raise KeyboardInterrupt
-
-        m.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            s(broken_once)  # the worst moment: half of the checkpoints gone
-    assert (
-        s(broken_once) == folder
-        and (folder / "result").exists()
-        and not (folder / "checkpoints").exists()
-    )
-
-
 def test_a_trained_stage_survives_a_kill_while_it_tidies_up(tmp_path, monkeypatch):
     s = Store(tmp_path, code="one")
     removed = shutil.rmtree
@@ -142,80 +71,6 @@ def test_a_trained_stage_survives_a_kill_while_it_tidies_up(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "rmtree", removed)
     folder = s(understanding, data=DATA, config=FIRST)
     assert metrics_of(folder)["steps"] == 4 and not (folder / "checkpoints").exists()
-
-
-def slow(folder):
-    (folder / "checkpoints").mkdir()
-    time.sleep(1.0)
-    count(folder)
-
-
-def _make_slow(folder):
-    Store(folder, code="one", log=print)(slow)
-
-
-def test_a_second_process_waits_and_takes_the_stage(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    both = [fork.Process(target=_make_slow, args=(tmp_path,)) for _ in range(2)]
-    for p in both:
-        p.start()
-    for p in both:
-        p.join(60)
-    folder = Store(tmp_path, code="one").path(slow)
-    assert (
-        [p.exitcode for p in both] == [0, 0]
-        and (folder / "ran").read_text() == "1"
-        and not (folder / "checkpoints").exists()
-    )
-
-
-def test_a_key_knows_what_is_in_its_inputs(tmp_path, monkeypatch):
-    s = Store(tmp_path / "runs" / "stages", code="one", log=lambda m: None)
-    data = tmp_path / "photos"
-    (data / "awe").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for i in range(3):
-        (data / "awe" / f"{i}.png").write_bytes(b"x" * i)
-    whole = s.path(count, data=str(data))
-    assert (
-        whole == s.path(count, data="photos") == s.path(count, data=data)
-    )  # as text or path, relative or not
-    (data / "awe" / "2.png").unlink()
-    fewer = s.path(count, data=str(data))
-    (data / "awe" / "1.png").write_bytes(b"yy")
-    assert len({whole, fewer, s.path(count, data=str(data))}) == 3
-    (data / "t.csv").write_text("path,label\nawe/0.png,awe\n")
-    table = s.path(count, data="photos/t.csv")
-    os.utime(data / "awe" / "0.png", (1, 1))
-    assert s.path(count, data="photos/t.csv") != table  # images that a table names
-    a = s(count, x=1)
-    assert (
-        s.path(count, x=a)
-        == s.path(count, x=str(a))
-        == Store("runs/stages", code="one").path(count, x=a).absolute()
-    )  # a stage counts by its name
-    (a / "emoset").mkdir()
-    b = s.path(count, x=a / "emoset")
-    (a / "emoset" / "new").touch()
-    assert b == s.path(count, x=a / "emoset")
-    here = s.path(count, data=".")
-    s(count, x=2)
-    assert here == s.path(count, data=".")  # the store itself is no input
-    assert s.path(count, x=1, progress=True, run=object(), workers=2, num_threads=1) == s.path(
-        count, x=1
-    )
-
-
-def test_a_run_goes_through_a_store(tmp_path):
-    def stage(folder, run=None):
-        run.append(folder)
-
-    class Logbook:  # a thing that JSON cannot hold
-        def append(self, folder):
-            self.folder = folder
-
-    run = Logbook()
-    assert Store(tmp_path, code="one")(stage, run=run) == run.folder
 
 
 def test_loop_from_real_to_kept(store, trained, tmp_path):

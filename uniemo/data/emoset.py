@@ -7,6 +7,7 @@ __all__ = ['ATTRIBUTES', 'EmoSet']
 
 # %% ../../nbs/data/emoset.ipynb #51c3148a
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -198,8 +199,8 @@ class EmoSet(EmotionData):
 
     @staticmethod
     def splits(root: str | Path) -> list:
-        "The index files in `root`."
-        return [s for s in ("train", "val", "test") if (Path(root) / f"{s}.json").is_file()]
+        "The index files in `root`, whatever they are."
+        return [s for s in ("train", "val", "test") if os.path.lexists(Path(root) / f"{s}.json")]
 
     def annotation(self, i: int) -> dict:
         "Everything known of image `i`: any of `ATTRIBUTES`, and the file's other keys."

@@ -1,8 +1,8 @@
 """Files as they should not be: each is read right, or refused in one clear error.
 
-A kind is a function `kind(rng, folder)` that writes a case into `folder` and gives `(read, verdict)`:
-`read()` reads it and asserts that what was read is usable; `verdict` says whether it must be
-refused (True), must be read (False) or may be either (None). `KINDS` holds all of them.
+A kind is a function of a random generator and a folder, which writes a case into the folder and
+gives `(read, verdict)`: `read()` reads it and asserts that what was read is usable; `verdict` says
+whether it must be refused (True), must be read (False) or may be either (None).
 """
 
 import json
@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -182,12 +182,12 @@ def both_ways(root, split=None):
     try:
         read_all(root, split)
     except DataError as error:
-        assert len(found), f"check found nothing, reading says: {error}"
+        # what is asked for and is not there is no fault of what is there
+        gone = Path(error.path).name == f"{split}.json" and error.problem == "no such file"
+        assert len(found) or gone, f"check found nothing, reading says: {error}"
         assert found.remedy.str.len().gt(0).all()
-        try:
+        with suppress(DataError):
             read_all(root, split, on_error="skip", progress=False)
-        except DataError:
-            pass
         raise error
 
 
@@ -363,12 +363,33 @@ def parquet_tables(rng, folder):
     if rng.random() < 0.3:
         cells = [cell["bytes"] for cell in cells]
     if rng.random() < 0.2:
-        labels = rng.choice(([1, 2, 3], [0.5, 1, 2], [None] * 3, [["awe"]] * 3, [True, False, True]))
+        labels = rng.choice(
+            ([1, 2, 3], [0.5, 1, 2], [None] * 3, [["awe"]] * 3, [True, False, True])
+        )
     file = folder / "t.parquet"
     pd.DataFrame(dict(image=cells, label=labels)).to_parquet(file)
     if rng.random() < 0.3:
         file.write_bytes(mutate_bytes(rng, file.read_bytes()))
     return lambda: both_ways(file), None
+
+
+def stray_mac(odd, rng):
+    "What a Mac leaves in a zip file."
+    (odd.parent / "__MACOSX").mkdir(exist_ok=True)
+    (odd.parent / "__MACOSX/._0.jpg").write_bytes(b"\0\5\x16\7")
+
+
+# what may lie among the emotions' folders
+STRAY = (
+    stray_mac,
+    lambda odd, rng: odd.write_text("x"),
+    lambda odd, rng: odd.write_bytes(rng.choice(FOREIGN)),
+    lambda odd, rng: os.mkfifo(odd),
+    lambda odd, rng: odd.symlink_to(rng.choice(("/etc/passwd", "gone", odd.parent))),
+    lambda odd, rng: (odd.parent / ".thumbnails").mkdir(exist_ok=True),
+    lambda odd, rng: (odd.parent / f"empty{rng.randrange(9)}").mkdir(exist_ok=True),
+    lambda odd, rng: picture(77).save(odd.parent / "stray.png"),
+)
 
 
 @kind
@@ -384,27 +405,9 @@ def folders(rng, folder):
     places = sorted(p for p in folder.rglob("*") if p.is_dir()) + [folder]
     for _ in range(rng.randrange(4)):
         place = rng.choice(places)
-        what = rng.choice(("text", "foreign", "pipe", "link", "hidden", "mac", "empty", "images"))
         odd = place / f"odd{rng.randrange(99)}{rng.choice(('.jpg', '.txt', '', '.heic'))}"
-        if odd.exists() or not place.exists():
-            continue
-        if what == "text":
-            odd.write_text("x")
-        elif what == "foreign":
-            odd.write_bytes(rng.choice(FOREIGN))
-        elif what == "pipe":
-            os.mkfifo(odd)
-        elif what == "link":
-            odd.symlink_to(rng.choice(("/etc/passwd", "gone", folder)))
-        elif what == "hidden":
-            (place / ".thumbnails").mkdir(exist_ok=True)
-        elif what == "mac":
-            (place / "__MACOSX").mkdir(exist_ok=True)
-            (place / "__MACOSX/._0.jpg").write_bytes(b"\0\5\x16\7")
-        elif what == "empty":
-            (place / f"empty{rng.randrange(9)}").mkdir(exist_ok=True)
-        else:
-            picture(77).save(place / "stray.png")
+        if place.exists() and not odd.exists():
+            rng.choice(STRAY)(odd, rng)
 
     def read():
         found = check(folder, verbose=False)

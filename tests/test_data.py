@@ -20,7 +20,7 @@ from uniemo.data.folders import EmotionFolder
 from uniemo.data.images import read_image
 from uniemo.data.mixing import same_images
 from uniemo.data.reading import DataError
-from uniemo.data.splits import three_splits
+from uniemo.data.splits import EmotionSplits, three_splits, training_images
 from uniemo.data.tables import EmotionTable
 from uniemo.data.transforms import (
     CentreCrop,
@@ -1036,3 +1036,291 @@ def test_an_image_in_two_splits_stays_in_one(emoset):
     assert [
         tuple(Path(p).name for p in pair) for pair in same_images(whole["train"], whole["test"])
     ] == [(a.name, b.name)] and not same_images(found["train"], found["test"])
+
+
+# ---- data as people have them
+
+
+@pytest.fixture
+def mikels(tmp_path, photos):
+    "A folder for each of Mikels' eight, with one image."
+    root = tmp_path / "mikels"
+    for k, emotion in enumerate(MIKELS):
+        (root / emotion).mkdir(parents=True)
+        photos["coffee"].resize((40 + k, 30)).save(root / emotion / "0.jpg")
+    return root
+
+
+def test_what_a_mac_leaves_in_a_zip_is_passed_over(mikels):
+    for place in (mikels, mikels / "awe"):
+        (place / "__MACOSX/awe").mkdir(parents=True)
+        (place / "__MACOSX/awe/._0.jpg").write_bytes(b"\0\5\x16\7")
+        (place / "._0.jpg").write_bytes(b"\0")
+    data = load_data(mikels)
+    assert data.emotions is MIKELS and len(data) == 8 and data.ignored == []
+    assert len(check(mikels, verbose=False)) == 0
+    (mikels.parent / "set").mkdir()
+    mikels.rename(mikels.parent / "set/train")
+    shutil.copytree(mikels.parent / "set/train/__MACOSX", mikels.parent / "set/__MACOSX")
+    data = load_data(mikels.parent / "set", "train")
+    assert data.emotions is MIKELS and EmotionFolder.splits(data.root) == ["train"]
+
+
+def test_one_folder_more_than_it_should_be(mikels, emoset):
+    (mikels.parent / "zip/Photos").mkdir(parents=True)
+    mikels.rename(mikels.parent / "zip/Photos/FI")
+    shutil.copytree(mikels.parent / "zip/Photos/FI/awe", mikels.parent / "zip/Photos/__MACOSX")
+    assert load_data(mikels.parent / "zip").emotions is MIKELS
+    assert len(training_images(mikels.parent / "zip")) == 8
+    (emoset.parent / "outer").mkdir()
+    emoset.rename(emoset.parent / "outer/EmoSet-118K")
+    assert len(load_data(emoset.parent / "outer", "train")) == 16
+    assert len(check(emoset.parent / "outer", verbose=False)) == 0
+
+
+def test_every_usual_ending_is_read_and_others_are_counted(mikels, photos):
+    small = photos["rocket"].resize((20, 20))
+    kinds = dict(jfif="jpeg", jpe="jpeg", bmp="bmp", tif="tiff", gif="gif", avif="avif")
+    for ending, written in kinds.items():
+        small.rotate(len(ending)).save(mikels / f"joyful.{ending}", written)
+        (mikels / f"joyful.{ending}").rename(mikels / f"awe/{ending}.{ending.upper()}")
+    for name in ("a.heic", "b.HEIC", "c.txt"):
+        (mikels / "fear" / name).write_text(name)
+    with pytest.warns(UserWarning, match="3 files are no images.*2 .heic, 1 .txt"):
+        data = load_data(mikels, transform=eval_transform(16))
+    assert len([data[i] for i in range(len(data))]) == 8 + len(kinds)
+    assert len(check(mikels, verbose=False)) == 3
+
+
+def test_votes_in_any_spelling_are_read(folder):
+    spelt = {f" {n.capitalize()}": v for n, v in VOTES.items()}
+    data = EmotionTable(table(folder, label=["fear", "fear", "awe"], **spelt))
+    assert data.columns["votes"].shape == (3, 8)
+    with pytest.warns(UserWarning, match="column 'amusemnt' is not read, did you mean 'amusement'"):
+        EmotionTable(table(folder, label=["fear", "fear", "awe"], amusemnt=[1, 2, 3]))
+    with pytest.warns(UserWarning, match="column 'fear' is not read, though it is called like an"):
+        EmotionTable(table(folder, label=["calm", "joy", "joy"], fear=[1, 2, 3]))
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_images_inside_parquet(folder, as_bytes):
+    paths = [folder / "train/calm" / f for f in ("0.jpg", "1.PNG", "2.webp")]
+    cells = [p.read_bytes() if as_bytes else dict(bytes=p.read_bytes(), path="x") for p in paths]
+    file, own = folder / "t.parquet", dict(transform=eval_transform(16))
+    pd.DataFrame(dict(image=cells, label=["calm", "joy", "joy"])).to_parquet(file)
+    data = EmotionTable(file, **own)
+    plain = EmotionTable(table(folder, label=["calm", "joy", "joy"]), **own)
+    pd.DataFrame(dict(image=cells, label=["calm", "joy", "joy"])).to_parquet(file)
+    assert all(torch.equal(data[i]["pixel_values"], plain[i]["pixel_values"]) for i in range(3))
+    assert data.image(1).mode == "RGB" and len(check(file, verbose=False)) == 0
+    assert [Path(a).name for a, _ in same_images(data, plain)] == ["row-2", "row-3", "row-4"]
+    cells[1] = b"<html>" if as_bytes else dict(bytes=b"<html>", path="x")
+    pd.DataFrame(dict(image=cells, label=["calm", "joy", "joy"])).to_parquet(file)
+    found = check(file, verbose=False)
+    assert found.path.tolist() == ["t.parquet/row-3"] and "a web page" in found.problem[0]
+    with pytest.raises(DataError, match="t.parquet/row-3: cannot be decoded: it is a web page"):
+        EmotionTable(file, **own)[1]
+    assert len(EmotionTable(file, on_error="skip", progress=False, **own)) == 2
+
+
+def test_the_older_label_file(emoset):
+    info = json.loads((emoset / "info.json").read_text())
+    (emoset / "info.json").write_text(json.dumps(info["emotion"]))
+    data = EmoSet(emoset)
+    assert data.emotions is MIKELS and data.scene_names == ("castle",)
+    assert data.object_names == ("alarm_clock", "castle") and data[0]["scene"] == 0
+    assert EmoSet(emoset, "test").scene_names == data.scene_names
+    assert len(check(emoset, verbose=False)) == 0
+
+
+def test_cells_are_read_as_they_stand(folder):
+    words = ["None", "NA", "nan"]
+    data = EmotionTable(table(folder, label=words, scene=words, valence=["NA", "0.5", "nan"]))
+    assert data.emotions.names == ("NA", "None", "nan") and data.scene_names == (
+        "NA",
+        "None",
+        "nan",
+    )
+    assert np.isnan(data.columns["valence"][[0, 2]]).all() and data.columns["valence"][1] == 0.5
+
+
+def test_paths_as_other_systems_write_them(folder, photos):
+    photos["coffee"].resize((32, 20)).save(folder / "train/cafe\u0301.jpg")
+    photos["coffee"].resize((33, 20)).save(folder / "odd\\name.jpg")
+    paths = ["train\\calm\\0.jpg", " train/calm/1.PNG ", "train/caf\xe9.jpg", "odd\\name.jpg"]
+    pd.DataFrame(dict(path=paths, label="calm")).to_csv(folder / "t.csv", index=False)
+    data = EmotionTable(folder / "t.csv", transform=eval_transform(16))
+    assert len([data[i] for i in range(4)]) == 4 and len(check(data._file, verbose=False)) == 0
+    pd.DataFrame(dict(path=["train\\calm\\0.jpg", "./train/calm/0.jpg"], label="calm")).to_csv(
+        folder / "t.csv", index=False
+    )
+    assert check(folder / "t.csv", verbose=False).problem.tolist() == ["duplicated entry"]
+
+
+def test_an_index_of_windows(emoset):
+    for split in ("train", "val", "test"):
+        entries = json.loads((emoset / f"{split}.json").read_text())
+        entries = [[e, *(p.replace("/", "\\") for p in rest)] for e, *rest in entries]
+        (emoset / f"{split}.json").write_text(json.dumps(entries))
+    assert len(check(emoset, verbose=False)) == 0 and EmoSet(emoset)[0]["scene"] == 1
+
+
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_error(emoset, folder, mark):
+    for file in (*emoset.glob("*.json"), *emoset.glob("annotation/*/*.json")):
+        file.write_bytes(file.read_text(encoding="utf-8").encode(mark))
+    assert len(check(emoset, verbose=False)) == 0
+    file = table(folder, label=["Ärger", "Ärger", "joy"])
+    file.write_bytes(file.read_text(encoding="utf-8").encode(mark))
+    assert EmotionTable(file).emotions.names == ("joy", "Ärger")
+
+
+NAMES = ("../../outside", "a/b", "a\\b", "tab\tbed", "..", "/etc", "nul\x01")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_are_paths_are_refused(folder, emoset, name):
+    with pytest.raises(DataError, match="t.csv: the emotion.*Give it another name"):
+        EmotionTable(table(folder, label=["joy", "joy", name]))
+    assert "the emotion" in check(folder / "t.csv", verbose=False).problem[0]
+    info = json.loads((emoset / "info.json").read_text())
+    for kind in ("emotion", "scene", "object"):
+        harmed = json.loads(json.dumps(info))
+        harmed[kind]["label2idx"] = {name: 0}
+        (emoset / "info.json").write_text(json.dumps(harmed))
+        if kind != "emotion" and name == "a/b":
+            continue
+        with pytest.raises(DataError, match=f"the {kind}.*Give it another name"):
+            EmoSet(emoset)
+
+
+def test_a_scene_of_emoset_holds_a_slash(folder):
+    data = EmotionTable(table(folder, label=["joy"] * 3, scene=["bakery/shop"] * 3))
+    assert data.scene_names == ("bakery/shop",)
+
+
+def test_what_is_no_regular_file_does_not_hang(emoset, folder):
+    image, note = EmoSet(emoset).columns["path"][0], EmoSet(emoset).columns["annotation"][0]
+    for path in (image, note):
+        (emoset / path).unlink()
+        os.mkfifo(emoset / path)
+    found = check(emoset, verbose=False)
+    assert len(found) == 2 and found.problem.str.contains("cannot be read: it is a pipe").all()
+    os.mkfifo(folder / "train/joy/pipe.jpg")
+    assert len(check(folder, verbose=False)) == 1
+    with pytest.raises(DataError, match="it is a pipe"):
+        EmotionFolder(folder, "train")[8]
+    for name in ("pipe.csv", "pipe.parquet"):
+        os.mkfifo(folder / name)
+        with pytest.raises(DataError, match=f"{name}: cannot be read: it is a pipe"):
+            load_data(folder / name)
+    (emoset / "info.json").unlink()
+    os.mkfifo(emoset / "info.json")
+    with pytest.raises(DataError, match="info.json: cannot be read: it is a pipe"):
+        EmoSet(emoset)
+
+
+def test_a_size_limit_comes_before_the_work(tmp_path):
+    from uniemo.data.reading import read_json
+
+    with open(tmp_path / "train.json", "wb") as file:
+        file.truncate(2**31)
+    with pytest.raises(DataError, match="train.json: too large: 2,147,483,648 bytes"):
+        read_json(tmp_path / "train.json", "")
+
+
+def test_odd_exif_costs_no_photograph(tmp_path, photos):
+    photo = photos["coffee"].resize((60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = exif.tobytes()
+    rng = np.random.default_rng(0)
+    odd = [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", good[:-3]]
+    odd += [bytes(b if rng.random() > 0.2 else rng.integers(256) for b in good) for _ in range(40)]
+    for k, data in enumerate(odd):
+        data = b"Exif\0\0" + data[6:]
+        photo.save(tmp_path / "a.jpg", exif=data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert sorted(read_image(tmp_path / "a.jpg").size) == [40, 60], (k, data)
+    for value in (0, 9, 300):
+        exif[0x0112] = value
+        photo.save(tmp_path / "a.jpg", exif=exif)
+        assert read_image(tmp_path / "a.jpg").size == (60, 40)
+
+
+CONTENTS = {
+    "a web page": b"\n<!DOCTYPE HTML><html>",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "a HEIC photograph": b"\0\0\0\x24ftypheic\0\0\0\0mif1",
+    "a safetensors file": b"\x40\0\0\0\0\0\0\0" + b'{"weight":{"dtype":"F32"}}',
+    "a video": b"\0\0\0\x18ftypmp42\0\0\0\0",
+    "an empty file": b"",
+    "nothing but zeros": b"\0" * 999,
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_what_a_file_really_is(tmp_path, emoset, content):
+    (tmp_path / "a.jpg").write_bytes(CONTENTS[content])
+    with pytest.raises(DataError, match=f"a.jpg: cannot be decoded: it is {content}") as e:
+        read_image(tmp_path / "a.jpg")
+    if content in ("a HEIC photograph", "a Git LFS pointer"):
+        assert "again" not in e.value.remedy
+    (emoset / "info.json").write_bytes(CONTENTS[content])
+    with pytest.raises(DataError, match=f"info.json: no JSON: it is {content}"):
+        EmoSet(emoset)
+
+
+def test_a_set_that_is_nearly_a_known_one_is_named(mikels, emoset, photos):
+    shutil.copytree(mikels / "awe", mikels / "neutral")
+    with pytest.warns(UserWarning, match="not read as Mikels' eight.*beside them: neutral"):
+        EmotionFolder(mikels)
+    shutil.rmtree(mikels / "neutral")
+    shutil.rmtree(mikels / "awe")
+    with pytest.warns(UserWarning, match="not read as Mikels' eight.*lacking: awe"):
+        EmotionFolder(mikels)
+    for name in ("dataset_info.json", "dataset_dict.json"):
+        (emoset.parent / name).mkdir()
+        (emoset.parent / name / name).write_text("{}")
+        found = check(emoset.parent / name, verbose=False)
+        assert len(found) == 1 and "library datasets" in found.problem[0]
+    (emoset.parent / "shards/data").mkdir(parents=True)
+    (emoset.parent / "shards/data/train-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="a table data/train-0.parquet. Give the table itself"):
+        load_data(emoset.parent / "shards")
+
+
+# ---- tensors in memory
+
+
+def tensors(n=4):
+    return dict(
+        pixel_values=torch.zeros(n, 3, 8, 8),
+        label=torch.arange(n) % 8,
+        scene=torch.full((n,), -1),
+        objects=torch.zeros(n, 2),
+        votes=torch.full((n, 8), 0.125),
+    )
+
+
+FAULTY = dict(
+    label=(8, "label is 8. Numbers are from 0 to 7"),
+    scene=(2, "scene is 2. Numbers are from -1 to 1"),
+    objects=(float("nan"), "objects is"),
+    votes=(0.0, "votes: all are zero"),
+    pixel_values=(float("nan"), "pixel_values are not finite"),
+)
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_tensors_in_memory_name_the_image(name):
+    value, said = FAULTY[name]
+    bad = tensors()
+    bad[name][2] = value
+    names = dict(scene=["beach", "park"], object=["dog", "cat"])
+    EmotionSplits(dict(train=tensors(), val=tensors()), names, MIKELS)
+    with pytest.raises(DataError, match=f"split 'val', image 2: {said}"):
+        EmotionSplits(dict(train=tensors(), val=bad), names, MIKELS)
+    with pytest.raises(DataError, match="split 'val': no image in it"):
+        EmotionSplits(dict(train=tensors(), val=tensors(0)), names, MIKELS)

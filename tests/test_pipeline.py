@@ -1,38 +1,116 @@
-"What the pipeline notebook does not show: other schedulers, precisions, sizes, what a callback may do, and importing."
+"""What the pipeline notebook does not show: other schedulers, precisions, sizes, what a callback
+may do, damaged folders, and importing."""
 
 import copy
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import jedi
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from diffusers.callbacks import SDCFGCutoffCallback
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 import uniemo
 from uniemo.conditioning import encode_prompts
 from uniemo.files.shipped import shipped_folder
-from uniemo.mini.world import draw_spec, render
+from uniemo.files.weights import WeightsError
+from uniemo.fusion import PseudoWordMapper
+from uniemo.mini import draw_spec, render
+from uniemo.results import crop_to
+from uniemo.sampling import Sampling, wishes_of
 from uniemo.space import seeded_generators
 
 FEW = dict(num_inference_steps=2, guidance_scale=3.0, judge=False)
 
 
+def quiet_pipeline(*args, **kwargs):
+    pipe = uniemo.UniEmoPipeline.from_pretrained(*args, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture(scope="module")
 def pipe():
-    p = uniemo.UniEmoPipeline.from_pretrained("mini")
-    p.set_progress_bar_config(disable=True)
-    return p
+    return quiet_pipeline("mini")
 
 
-def pixels(g):
-    return np.stack([np.asarray(i, float) for i in g.images])
+@pytest.fixture(scope="module")
+def photo():
+    return render(draw_spec(1, 1), 64).image
+
+
+def pixels(generated):
+    images = getattr(generated, "images", generated)
+    return np.stack([np.asarray(image, float) for image in images])
+
+
+def largest_difference(a, b):
+    return np.abs(pixels(a) - pixels(b)).max()
+
+
+# ---- importing
 
 
 def test_importing_the_package_is_light():
-    code = "import sys, uniemo; assert 'torch' not in sys.modules and uniemo.__version__; import pytest\nwith pytest.raises(AttributeError): uniemo.Pipeline"
+    code = (
+        "import sys, uniemo, pytest\n"
+        "assert 'torch' not in sys.modules and uniemo.__version__\n"
+        "with pytest.raises(AttributeError): uniemo.Pipeline"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_our_own_imports_are_light():
+    "Our modules ask for no accelerate, seaborn or scipy; diffusers may find accelerate itself."
+    code = """
+import builtins
+asked, plain = [], builtins.__import__
+def spy(name, globals=None, *rest, **more):
+    importer = (globals or {}).get("__name__", "")
+    if importer.startswith("uniemo"):
+        asked.append(name)
+    return plain(name, globals, *rest, **more)
+builtins.__import__ = spy
+from uniemo import UniEmoPipeline
+import sys
+heavy = ("accelerate", "seaborn", "scipy")
+print([name for name in asked if name.split(".")[0] in heavy])
+print([name for name in ("seaborn", "scipy.stats") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split("\n")[-3:-1] == ["[]", "[]"], done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("method", ["generate", "understand"])
+def test_an_editor_finds_the_method(method):
+    code = (
+        f"from uniemo import UniEmoPipeline\npipe = UniEmoPipeline.from_pretrained()\npipe.{method}"
+    )
+    project = jedi.Project(Path(__file__).parents[1])
+    found = jedi.Script(code, project=project).goto(3, 6, follow_imports=True)
+    assert [(d.module_path.name, d.name) for d in found] == [("pipeline.py", method)]
+
+
+def test_results_are_importable_from_the_pipeline():
+    from uniemo import pipeline, results
+
+    assert pipeline.Generated is results.Generated
+    assert pipeline.Understanding is results.Understanding
+
+
+# ---- sampling
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerAncestralDiscreteScheduler])
@@ -41,18 +119,16 @@ def test_other_schedulers_and_batches(pipe, kind):
     before = pipe.scheduler
     pipe.scheduler = kind.from_config(before.config)
     try:
-        whole, parts = (
-            pipe.generate("fear", 3, **FEW, batch_size=3),
-            pipe.generate("fear", 3, **FEW, batch_size=2),
-        )
+        whole = pipe.generate("fear", 3, **FEW, batch_size=3)
+        parts = pipe.generate("fear", 3, **FEW, batch_size=2)
     finally:
         pipe.scheduler = before
-    assert np.abs(pixels(whole) - pixels(parts)).max() <= 2
+    assert largest_difference(whole, parts) <= 2
 
 
 def test_seeds_prompts_and_guidance(pipe):
-    a = pixels(pipe.generate("awe", 1, **FEW))
-    assert (a == pixels(pipe.generate("awe", 1, **FEW))).all()
+    first = pipe.generate("awe", 1, **FEW)
+    assert largest_difference(first, pipe.generate("awe", 1, **FEW)) == 0
     for changed in (
         dict(seed=1),
         dict(start=1),
@@ -61,133 +137,86 @@ def test_seeds_prompts_and_guidance(pipe):
         dict(prompt="<emotion> dog"),
         dict(intensity=2.0, prompt="a photo of a <emotion>"),
     ):
-        assert np.abs(a - pixels(pipe.generate("awe", 1, **{**FEW, **changed}))).max() > 5, changed
+        other = pipe.generate("awe", 1, **{**FEW, **changed})
+        assert largest_difference(first, other) > 5, changed
+
+
+def test_without_intensity_emotions_are_alike(pipe):
+    neutral = dict(FEW, prompt="<emotion> dog", guidance_scale=1.0, intensity=0.0)
+    awe, fear = (pipe.generate(emotion, 1, **neutral) for emotion in ("awe", "fear"))
+    assert largest_difference(awe, fear) == 0
+
+
+def test_settings_as_an_object_or_as_keywords(pipe):
+    sampling = Sampling(**FEW)
     assert (
-        np.abs(
-            pixels(
-                pipe.generate(
-                    "awe",
-                    1,
-                    prompt="<emotion> dog",
-                    guidance_scale=1.0,
-                    intensity=0.0,
-                    num_inference_steps=2,
-                )
-            )
-            - pixels(
-                pipe.generate(
-                    "fear",
-                    1,
-                    prompt="<emotion> dog",
-                    guidance_scale=1.0,
-                    intensity=0.0,
-                    num_inference_steps=2,
-                )
-            )
-        ).max()
+        largest_difference(
+            pipe.generate("awe", 1, sampling=sampling), pipe.generate("awe", 1, **FEW)
+        )
         == 0
     )
+    both = pipe.generate("awe", 1, sampling=sampling, num_inference_steps=3)
+    assert (
+        largest_difference(both, pipe.generate("awe", 1, **{**FEW, "num_inference_steps": 3})) == 0
+    )
+    with pytest.raises(TypeError, match="did you mean num_inference_steps"):
+        pipe.generate("awe", num_inference_step=3)
 
 
 def test_guidance_rescale_keeps_the_deviation(pipe):
-    "Full rescale: the guided prediction has the deviation of the emotional one, whatever the guidance; as diffusers' own pipeline does it."
+    "Full rescale: the guided prediction has the deviation of the emotional one."
     strong = dict(FEW, guidance_scale=12.0, num_inference_steps=4)
-    a, b = (pixels(pipe.generate("awe", 2, guidance_rescale=r, **strong)) for r in (0.0, 1.0))
-    assert a.std() > b.std() and np.abs(a - b).max() > 5
-    assert (
-        pixels(pipe.generate("awe", 1, guidance_rescale=1.0, **{**FEW, "guidance_scale": 1.0}))
-        == pixels(pipe.generate("awe", 1, **{**FEW, "guidance_scale": 1.0}))
-    ).all()  # nothing guides: nothing to rescale
-    plain = StableDiffusionPipeline(
-        vae=pipe.vae,
-        text_encoder=pipe.text_encoder,
-        tokenizer=pipe.tokenizer,
-        unet=pipe.unet,
-        scheduler=pipe.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-    )
+    plain, rescaled = (pipe.generate("awe", 2, guidance_rescale=r, **strong) for r in (0.0, 1.0))
+    assert pixels(plain).std() > pixels(rescaled).std()
+    assert largest_difference(plain, rescaled) > 5
+    # nothing guides: nothing to rescale
+    unguided = dict(FEW, guidance_scale=1.0)
+    rescaled = pipe.generate("awe", 1, guidance_rescale=1.0, **unguided)
+    assert largest_difference(rescaled, pipe.generate("awe", 1, **unguided)) == 0
+
+
+def test_diffusers_own_pipeline_paints_the_same(pipe):
+    parts = {
+        k: pipe.components[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    }
+    plain = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None)
     plain.set_progress_bar_config(disable=True)
     generators = seeded_generators(0, 1)
     words, _ = pipe.draw_words({"<emotion>": "awe"}, generators)
-    latents, _ = pipe.start_latents(generators, 64, 64, 4)
-    embeds, none = (
-        encode_prompts(pipe.text_encoder, pipe.tokenizer, p, w).detach()
-        for p, w in (("<emotion>", words), ("", None))
-    )
+    latents, _ = pipe.start_latents(generators, (64, 64), Sampling(num_inference_steps=4))
+    guidance = dict(guidance_scale=12.0, guidance_rescale=0.7, num_inference_steps=4)
+    with torch.no_grad():
+        states = encode_prompts(pipe.text_encoder, pipe.tokenizer, "<emotion>", words)
+        nothing = encode_prompts(pipe.text_encoder, pipe.tokenizer, "")
     theirs = plain(
-        prompt_embeds=embeds,
-        negative_prompt_embeds=none,
+        prompt_embeds=states,
+        negative_prompt_embeds=nothing,
         latents=latents / pipe.scheduler.init_noise_sigma,
-        guidance_scale=12.0,
-        guidance_rescale=0.7,
-        num_inference_steps=4,
+        **guidance,
     ).images
-    assert (
-        np.abs(
-            np.stack([np.asarray(i, float) for i in theirs])
-            - pixels(pipe.generate("awe", 1, guidance_rescale=0.7, **strong))
-        ).max()
-        <= 1
-    )
+    assert largest_difference(theirs, pipe.generate("awe", 1, **{**FEW, **guidance})) <= 1
 
 
-def test_sizes_and_reference(pipe):
+def test_sizes_and_reference(pipe, photo):
     assert pipe.generate("awe", 1, height=96, width=64, **FEW).images[0].size == (64, 96)
-    photo = render(draw_spec(1, 1), 200).image
-    g = pipe.generate(reference=photo, num_images=2, **FEW)
-    assert len(g) == 2 and g.emotion[0] in pipe.emotions
+    large = render(draw_spec(1, 1), 200).image
+    generated = pipe.generate(reference=large, num_images=2, **FEW)
+    assert len(generated) == 2 and generated.emotion[0] in pipe.emotions
     with pytest.raises(ValueError, match="one reference image"):
         pipe.generate(reference=[photo, photo], **FEW)
     with pytest.raises(ValueError, match="2 images to edit for 3"):
         pipe.generate("awe", 3, image=[photo, photo], **FEW)
 
 
-def test_a_callback_may_change_the_latents(pipe):
-    def zero(p, i, t, kw):
-        return {"latents": torch.zeros_like(kw["latents"])}
-
-    a, b = (
-        pixels(pipe.generate("awe", 2, seed=s, callback_on_step_end=zero, **FEW)) for s in (0, 1)
-    )
-    assert (a == b).all()
-
-
-def test_bfloat16(pipe, tmp_path):
-    half = uniemo.UniEmoPipeline.from_pretrained("mini", dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
-    assert half.unet.dtype == half.encoder.dtype == torch.bfloat16
-    g = half.generate("awe", 1, **{**FEW, "judge": True})
-    assert np.isfinite(pixels(g)).all() and 0 <= g.confidence[0] <= 1
-    half.save_pretrained(tmp_path / "half")
-    assert (
-        uniemo.UniEmoPipeline.from_pretrained(tmp_path / "half", dtype=torch.bfloat16).mapper.dtype
-        == torch.bfloat16
-    )
-
-
-def test_parts_are_diffusers_components(pipe):
-    assert set(pipe.components) == {
-        "vae",
-        "text_encoder",
-        "tokenizer",
-        "unet",
-        "scheduler",
-        "encoder",
-        "mapper",
-        "retriever",
-    }
-    assert pipe.to("cpu") is pipe and pipe.image_size == 64
-    with pytest.raises(ValueError, match="no emotion space"):
-        uniemo.UniEmoPipeline(**pipe.components).generate("awe", **FEW)
-
-
-def test_everything_is_looked_at_before_anything_is_computed(pipe, monkeypatch):
+def test_everything_is_looked_at_before_anything_is_computed(pipe, photo, monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("the U-Net was called"))
-    for wrong, say in (
+    wrong = [
         (dict(guidance_scale=float("nan")), "guidance_scale is a finite number"),
         (dict(intensity=float("inf")), "intensity is a finite number"),
+        (dict(guidance_rescale=2), "guidance_rescale is a share from 0 to 1"),
+        (dict(strength=0), "strength is a share from 0 to 1, above 0"),
         (dict(negative_prompt=["dog", "sky"]), "negative_prompt is one text"),
+        (dict(prompt=["<emotion>"]), "prompt is one text"),
         (dict(height=-64), "height is a whole number"),
         (dict(height=0), "height is a whole number"),
         (dict(width=60), "multiple of"),
@@ -196,102 +225,118 @@ def test_everything_is_looked_at_before_anything_is_computed(pipe, monkeypatch):
         (dict(num_inference_steps=2.5), "num_inference_steps"),
         (dict(emotion=["awe", "fear"]), "one name or a mixture"),
         (dict(emotion=8), "an index is 0 to 7"),
+        (dict(valence=1.0, arousal=0.0), "not both"),
+        (dict(emotion=None, valence=1.0), "both valence and arousal"),
         (dict(seed=2**32), "below 2\\*\\*32"),
         (dict(seed=1.0), "integers"),
         (dict(start=1_000_003), "1,000,003 samples"),
-        (
-            dict(emotion=None, reference=render(draw_spec(1, 1), 64).image, prompt="<emotion:awe>"),
-            "reference image's word",
-        ),
-        (
-            dict(callback_on_step_end=print, callback_on_step_end_tensor_inputs=["noise"]),
-            "no 'noise'; there are latents, prompt_embeds",
-        ),
-    ):
-        with pytest.raises((ValueError, TypeError), match=say):
-            pipe.generate(**{"emotion": "awe", **FEW, **wrong})
+        (dict(emotion=None, reference=photo, prompt="<emotion:awe>"), "reference image's word"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), "there are latents, prompt_embeds"),
+    ]
+    for call, said in wrong:
+        with pytest.raises((ValueError, TypeError), match=said):
+            pipe.generate(**{"emotion": "awe", **FEW, **call})
 
 
 def test_what_diffusers_users_are_used_to(pipe):
     "An index, no negative prompt, guidance of 1 or less, a word that the tokenizer knows."
-    same = lambda a, b: (
-        pixels(pipe.generate(**{**FEW, **a})) == pixels(pipe.generate(**{**FEW, **b}))
-    ).all()
-    g = pipe.generate(1, **FEW)
-    assert g.emotion == ["awe"]
-    assert (
-        same(dict(emotion=1), dict(emotion="awe"))
-        and same(dict(emotion="awe", negative_prompt=None), dict(emotion="awe"))
-        and same(dict(emotion="awe", guidance_scale=0), dict(emotion="awe", guidance_scale=1.0))
-    )
-    assert not same(dict(emotion="awe", guidance_scale=0), dict(emotion="fear", guidance_scale=0))
+
+    def painted(**call):
+        return pipe.generate(**{**FEW, **call})
+
+    assert painted(emotion=1).emotion == ["awe"]
+    awe = painted(emotion="awe")
+    assert largest_difference(painted(emotion=1), awe) == 0
+    assert largest_difference(painted(emotion="awe", negative_prompt=None), awe) == 0
+    unguided = [painted(emotion="awe", guidance_scale=scale) for scale in (0, 1.0)]
+    assert largest_difference(*unguided) == 0
+    assert largest_difference(unguided[0], painted(emotion="fear", guidance_scale=0)) > 0
+
+
+def test_a_word_that_the_tokenizer_knows(pipe):
     known = copy.deepcopy(pipe.tokenizer)
     known.add_tokens("<cat-toy>")
-    other = uniemo.UniEmoPipeline(**{**pipe.components, "tokenizer": known}, space=pipe.space)
     with pytest.raises(ValueError, match="unknown placeholder '<cat-toy>'"):
         pipe.generate("awe", prompt="<emotion> <cat-toy>", **FEW)
-    assert other.check_inputs(
-        "awe", "<emotion> <cat-toy>", 1, None, None, None, None, 0.5, 64, 64, 2, 1, 1.0
-    ) == {"<emotion>": "awe"}
+    wishes = wishes_of("<emotion> <cat-toy>", "awe", False, pipe.emotions, known)
+    assert wishes == {"<emotion>": "awe"}
 
 
-def test_callbacks_of_diffusers(pipe):
-    "Guidance cut off after the first step is guidance only there; an interrupted run ends; embeddings may be changed, but not their shape."
+# ---- callbacks
+
+
+def test_a_callback_may_change_the_latents(pipe):
+    def zero(pipeline, step, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    a, b = (pipe.generate("awe", 2, seed=s, callback_on_step_end=zero, **FEW) for s in (0, 1))
+    assert largest_difference(a, b) == 0
+
+
+@pytest.fixture
+def unet_batches(pipe):
+    "Sizes of the batches that the U-Net sees."
     seen, real = [], pipe.unet.forward
 
-    def forward(x, *a, **k):
-        seen.append(len(x))
-        return real(x, *a, **k)
+    def forward(latents, *args, **kwargs):
+        seen.append(len(latents))
+        return real(latents, *args, **kwargs)
 
     pipe.unet.forward = forward
-    try:
-        pipe.generate(
-            "awe",
-            2,
-            **{**FEW, "num_inference_steps": 4},
-            callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0),
-        )
-        assert (
-            seen == [4, 2, 2, 2]
-            and pipe.num_timesteps == 4
-            and not pipe.do_classifier_free_guidance
-        )
-        seen.clear()
-        pipe.generate(
-            "awe",
-            1,
-            **{**FEW, "num_inference_steps": 4},
-            callback_on_step_end=lambda p, i, t, kw: setattr(p, "_interrupt", i == 1),
-        )
-        assert seen == [2, 2]
-    finally:
-        del pipe.unet.forward
-    swap = lambda p, i, t, kw: dict(prompt_embeds=kw["prompt_embeds"].flip(0))
-    a, b = (
-        pixels(
-            pipe.generate(
-                "awe",
-                1,
-                callback_on_step_end=c,
-                callback_on_step_end_tensor_inputs=["prompt_embeds"],
-                **FEW,
-            )
-        )
-        for c in (None, swap)
-    )
-    assert np.abs(a - b).max() > 5
+    yield seen
+    del pipe.unet.forward
+
+
+FOUR = {**FEW, "num_inference_steps": 4}
+
+
+@pytest.mark.parametrize("intensity", [1.0, 2.0])
+def test_guidance_cut_off(pipe, unet_batches, intensity):
+    "Guidance cut off after the first step is guidance only there."
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    call = dict(prompt="<emotion> dog", intensity=intensity, callback_on_step_end=cutoff)
+    pipe.generate("awe", 2, **FOUR, **call)
+    assert unet_batches == [4 if intensity == 1 else 6, 2, 2, 2]
+    assert pipe.num_timesteps == 4 and not pipe.do_classifier_free_guidance
+
+
+def test_an_interrupted_run_ends(pipe, unet_batches):
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 1
+
+    pipe.generate("awe", 1, **FOUR, callback_on_step_end=stop)
+    assert unet_batches == [2, 2] and pipe.interrupt
+
+
+def test_embeddings_may_be_changed_but_not_their_shape(pipe):
+    def swap(pipeline, step, timestep, tensors):
+        return dict(prompt_embeds=tensors["prompt_embeds"].flip(0))
+
+    def cut(pipeline, step, timestep, tensors):
+        return dict(prompt_embeds=tensors["prompt_embeds"][:1])
+
+    asks = dict(FEW, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    a, b = (pipe.generate("awe", 1, callback_on_step_end=c, **asks) for c in (None, swap))
+    assert largest_difference(a, b) > 5
     with pytest.raises(ValueError, match="prompt_embeds"):
-        pipe.generate(
-            "awe",
-            1,
-            callback_on_step_end=lambda p, i, t, kw: dict(prompt_embeds=kw["prompt_embeds"][:1]),
-            callback_on_step_end_tensor_inputs=["prompt_embeds"],
-            **FEW,
-        )
+        pipe.generate("awe", 1, callback_on_step_end=cut, **asks)
+
+
+# ---- precision, offloading
+
+
+def test_bfloat16(tmp_path):
+    half = quiet_pipeline("mini", dtype=torch.bfloat16)
+    assert half.unet.dtype == half.encoder.dtype == torch.bfloat16
+    generated = half.generate("awe", 1, **{**FEW, "judge": True})
+    assert np.isfinite(pixels(generated)).all() and 0 <= generated.confidence[0] <= 1
+    half.save_pretrained(tmp_path / "half")
+    again = quiet_pipeline(tmp_path / "half", dtype=torch.bfloat16)
+    assert again.mapper.dtype == again.unet.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offloading(pipe, how):
+def test_offloading(pipe, photo, how):
     "Parts come and go between memory and device; here both are the CPU. The images are the same."
     if how == "enable_sequential_cpu_offload":
         plain = StableDiffusionPipeline.from_pretrained(
@@ -301,26 +346,41 @@ def test_offloading(pipe, how):
         plain.enable_sequential_cpu_offload(device="cpu")
         try:
             plain("a photo of a dog", num_inference_steps=1)
-        except TypeError as e:
-            pytest.skip(
-                f"these versions cannot offload Stable Diffusion itself to the CPU layer by layer: {str(e)[:60]}"
-            )
-    other = uniemo.UniEmoPipeline.from_pretrained("mini")
-    other.set_progress_bar_config(disable=True)
+        except TypeError as error:
+            pytest.skip(f"these versions cannot offload Stable Diffusion so: {str(error)[:60]}")
+    other = quiet_pipeline("mini")
     getattr(other, how)(device="cpu")
-    photo = render(draw_spec(1, 1), 64).image
     for asked in (
         dict(emotion="awe"),
         dict(reference=photo),
         dict(emotion="awe", image=photo),
         dict(emotion="awe", prompt="a photo of a <emotion>", intensity=2.0),
     ):
-        assert (
-            pixels(pipe.generate(**asked, **FEW)) == pixels(other.generate(**asked, **FEW))
-        ).all(), asked
-    assert np.allclose(
-        pipe.understand(photo).probabilities, other.understand(photo).probabilities, atol=1e-6
-    )
+        a, b = (p.generate(**asked, **FEW) for p in (pipe, other))
+        assert largest_difference(a, b) == 0, asked
+    a, b = (p.understand(photo).probabilities for p in (pipe, other))
+    assert np.allclose(a, b, atol=1e-6)
+
+
+# ---- parts
+
+
+def test_parts_are_diffusers_components(pipe):
+    names = "vae text_encoder tokenizer unet scheduler encoder mapper retriever"
+    assert set(pipe.components) == set(names.split())
+    assert pipe.to("cpu") is pipe and pipe.image_size == 64
+    with pytest.raises(ValueError, match="no emotion space"):
+        uniemo.UniEmoPipeline(**pipe.components).generate("awe", **FEW)
+
+
+def test_data_that_name_scenes_only(pipe, photo):
+    some = copy.deepcopy(pipe.retriever)
+    some.register_to_config(object_names=[])
+    some.object_features, some.object_table = some.object_features[:0], some.object_table[:0]
+    other = uniemo.UniEmoPipeline(**{**pipe.components, "retriever": some}, space=pipe.space)
+    read = other.understand([photo, photo])
+    assert read.scene == pipe.understand([photo, photo]).scene and read.object is None
+    assert read.to_pandas().object.tolist() == [None, None]
 
 
 def test_emotions_in_another_order_are_refused(pipe):
@@ -329,65 +389,148 @@ def test_emotions_in_another_order_are_refused(pipe):
     with pytest.raises(ValueError, match="the retriever lists the emotions sadness"):
         uniemo.UniEmoPipeline(**{**pipe.components, "retriever": turned}, space=pipe.space)
     space = copy.deepcopy(pipe.space)
-    space.settings["emotions"] = pipe.emotions[::-1]
-    space.emotions = pipe.emotions[::-1]
+    space.settings["emotions"] = space.emotions = pipe.emotions[::-1]
     with pytest.raises(ValueError, match="the space lists"):
         uniemo.UniEmoPipeline(**pipe.components, space=space)
 
 
-def test_loading_takes_what_diffusers_takes(pipe, tmp_path):
-    half = uniemo.UniEmoPipeline.from_pretrained(
-        "mini", torch_dtype=torch.float16, safety_checker=None
-    )
+# ---- folders
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "whole"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_loading_takes_what_diffusers_takes(pipe, whole):
+    half = quiet_pipeline("mini", torch_dtype=torch.float16, safety_checker=None)
     assert half.unet.dtype == half.encoder.dtype == torch.float16
-    pipe.save_pretrained(tmp_path / "whole")
-    for name in ("mini", tmp_path / "whole"):
-        own = uniemo.UniEmoPipeline.from_pretrained(name, encoder=pipe.encoder, space=pipe.space)
+    for name in ("mini", whole):
+        own = quiet_pipeline(name, encoder=pipe.encoder, space=pipe.space)
         assert own.encoder is pipe.encoder and own.space is pipe.space
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        uniemo.UniEmoPipeline.from_pretrained("runs/last/uniemo")
+        quiet_pipeline("runs/last/uniemo")
+
+
+def test_a_saved_pipeline_paints_the_same(pipe, whole):
+    a, b = (p.generate("awe", 1, **FEW) for p in (pipe, quiet_pipeline(whole)))
+    assert largest_difference(a, b) == 0
+
+
+def test_from_pipe(pipe):
     again = uniemo.UniEmoPipeline.from_pipe(pipe)
     assert again.unet is pipe.unet and again.space is pipe.space
-    plain = StableDiffusionPipeline.from_pretrained(shipped_folder("diffusion"), safety_checker=None)
-    made = uniemo.UniEmoPipeline.from_pipe(
-        plain, encoder=pipe.encoder, mapper=pipe.mapper, retriever=pipe.retriever, space=pipe.space
+    plain = StableDiffusionPipeline.from_pretrained(
+        shipped_folder("diffusion"), safety_checker=None
     )
+    own = dict(encoder=pipe.encoder, mapper=pipe.mapper, retriever=pipe.retriever)
+    made = uniemo.UniEmoPipeline.from_pipe(plain, **own, space=pipe.space)
     assert made.vae is plain.vae and made.space is pipe.space
 
 
+@pytest.mark.parametrize("kind", ["whole", "own"])
+def test_diffusers_loader_says_which_class_to_use(pipe, whole, tmp_path, kind):
+    folder = whole
+    if kind == "own":
+        folder = tmp_path / "own"
+        pipe.save_pretrained(folder, whole=False, diffusion="mini")
+    with pytest.raises(AttributeError, match="uniemo.UniEmoPipeline"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_a_run_holds_its_pipeline(pipe, tmp_path):
+    run = tmp_path / "runs" / "20261126-joint"
+    pipe.save_pretrained(run / "uniemo", whole=False, diffusion="mini")
+    (run / "figures").mkdir()
+    assert quiet_pipeline(run).emotions == pipe.emotions
+    pipe.save_pretrained(run / "second", whole=False, diffusion="mini")
+    with pytest.raises(FileNotFoundError, match="several UniEmo pipelines: give one of .*second"):
+        quiet_pipeline(run)
+    with pytest.raises(FileNotFoundError, match=r"figures holds no UniEmo pipeline.*uniemo\.json"):
+        quiet_pipeline(run / "figures")
+
+
+def change_tensors(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "encoder", "mapper", "retriever"])
+def test_incomplete_and_infinite_weights_are_refused(whole, tmp_path, part):
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    file = next((folder / part).glob("*.safetensors"))
+    names = [name for name, tensor in load_file(file).items() if tensor.is_floating_point()]
+
+    def not_a_number(tensors):
+        tensors[names[-1]].view(-1)[0] = float("nan")
+
+    change_tensors(file, not_a_number)
+    with pytest.raises(WeightsError, match=f"damaged.{part}.* not finite"):
+        quiet_pipeline(folder)
+    change_tensors(file, lambda tensors: tensors.pop(names[-1]))
+    with pytest.raises(WeightsError, match=f"damaged.{part}.*lacks"):
+        quiet_pipeline(folder)
+
+
+def test_a_mapper_without_tensors_is_refused(tmp_path):
+    PseudoWordMapper(8, 4).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({}, file, {"format": "pt"})
+    with pytest.raises(WeightsError, match="lacks mapper"):
+        PseudoWordMapper.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(WeightsError, match="holds no whole model"):
+        PseudoWordMapper.from_pretrained(tmp_path)
+
+
+def test_a_note_that_is_no_json_is_refused(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    (folder / "uniemo.json").write_text("<!doctype html>")
+    with pytest.raises(ValueError, match="uniemo.json is a web page"):
+        quiet_pipeline(folder)
+
+
+def test_the_note_may_have_a_byte_order_mark(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "marked")
+    note = json.loads((folder / "uniemo.json").read_text())
+    (folder / "uniemo.json").write_text("\ufeff" + json.dumps(note), encoding="utf-8")
+    assert quiet_pipeline(folder).diffusion is None
+
+
+# ---- results and images
+
+
 def test_saved_images_do_not_replace_each_other(pipe, tmp_path):
-    both = pipe.generate("awe", 2, prompt="<emotion> dog", **FEW) + pipe.generate(
-        "awe", 2, prompt="<emotion> balloon", **FEW
+    dog, balloon = (
+        pipe.generate("awe", 2, prompt=f"<emotion> {thing}", **FEW) for thing in ("dog", "balloon")
     )
-    table = both.save(tmp_path / "a")
+    table = (dog + balloon).save(tmp_path / "a")
     assert table.path.is_unique and len(list((tmp_path / "a").glob("*.png"))) == 4
     with pytest.raises(FileExistsError, match="images.csv"):
-        both.save(tmp_path / "a")
+        (dog + balloon).save(tmp_path / "a")
 
 
-def test_bytes_are_read_as_bytes(pipe):
-    photo = torch.from_numpy(np.asarray(render(draw_spec(1, 1), 64).image).copy()).permute(2, 0, 1)[
-        None
-    ]
-    want = pipe.understand(render(draw_spec(1, 1), 64).image).probabilities
-    for x in (photo, photo[0], photo / 255):
-        assert np.allclose(pipe.understand(x).probabilities, want, atol=1e-5)
-    for x, say in (
-        (photo / 127.5 - 1, "must lie in \\[0, 1\\]"),
-        (photo * float("nan"), "not finite"),
+def test_bytes_are_read_as_bytes(pipe, photo):
+    tensor = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None]
+    want = pipe.understand(photo).probabilities
+    for images in (tensor, tensor[0], tensor / 255):
+        assert np.allclose(pipe.understand(images).probabilities, want, atol=1e-5)
+    for images, said in (
+        (tensor / 127.5 - 1, "must lie in \\[0, 1\\]"),
+        (tensor * float("nan"), "not finite"),
     ):
-        with pytest.raises(ValueError, match=say):
-            pipe.understand(x)
+        with pytest.raises(ValueError, match=said):
+            pipe.understand(images)
 
 
 def test_editing_keeps_the_aspect():
     "A wide picture edited at another ratio is cropped, not stretched: a circle stays one."
-    from PIL import Image, ImageDraw
-
-    from uniemo.pipeline import _crop
-
     wide = Image.new("L", (256, 128))
     ImageDraw.Draw(wide).ellipse((96, 32, 160, 96), fill=255)
     for size in ((64, 64), (128, 64), (64, 128)):
-        x = np.asarray(_crop(wide, *size).resize(size)) > 127
-        assert abs(np.ptp(np.flatnonzero(x.any(0))) - np.ptp(np.flatnonzero(x.any(1)))) <= 1
+        shown = np.asarray(crop_to(wide, *size).resize(size)) > 127
+        height, width = (np.ptp(np.flatnonzero(shown.any(axis))) for axis in (1, 0))
+        assert abs(height - width) <= 1

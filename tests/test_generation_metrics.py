@@ -1,8 +1,13 @@
-"What the notebook generation_metrics shows in a line or not at all: other implementations agree, files are read, networks come back as they were, the shipped judge is good."
+"""What the notebooks of the measure shelf show in a line or not at all.
+
+Other implementations agree, files are read, networks come back as they were, and the shipped judge
+is good.
+"""
 
 import json
 import sys
 import warnings
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -10,21 +15,21 @@ import torch
 from scipy.linalg import sqrtm
 from torch import nn
 
-from uniemo import foundation, runs
+from uniemo import measure as gm
+from uniemo import mini, runs
+from uniemo.emotions import MIKELS, EmotionSet
 from uniemo.files.shipped import check_manifest, shipped_folder
-from uniemo import generation_metrics as gm
-from uniemo.emotions import MIKELS
-from uniemo.mini.world import draw_spec, paint
+from uniemo.measure.generation import MetricSettings, Networks
 
 shipped = pytest.mark.skipif(
-    not (foundation.files("uniemo") / "assets/mini/judge/model.safetensors").is_file(),
+    not (files("uniemo") / "assets/mini/judge/model.safetensors").is_file(),
     reason="no judge in this checkout: run pretrain_judge and ship it",
 )
 
 
 def world(seed, n):
-    specs = [draw_spec(seed, i) for i in range(n)]
-    return paint(specs, workers=1, progress=False), np.array(
+    specs = [mini.draw_spec(seed, i) for i in range(n)]
+    return mini.paint(specs, workers=1, progress=False), np.array(
         [MIKELS.index(s.emotion) for s in specs]
     )
 
@@ -47,8 +52,13 @@ def test_fid_is_the_frechet_distance():
 def test_kid_is_the_unbiased_mmd():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(60, 5)), rng.normal(size=(60, 5)) + 0.5
-    k = lambda x, y: (x @ y.T / 5 + 1) ** 3
-    off = lambda m: (m.sum() - np.trace(m)) / (len(m) * (len(m) - 1))
+
+    def k(x, y):
+        return (x @ y.T / 5 + 1) ** 3
+
+    def off(m):
+        return (m.sum() - np.trace(m)) / (len(m) * (len(m) - 1))
+
     assert gm.kid(a, b) == pytest.approx(off(k(a, a)) + off(k(b, b)) - 2 * k(a, b).mean(), rel=1e-6)
     state = torch.random.get_rng_state()
     assert (
@@ -74,14 +84,24 @@ def test_without_torchmetrics_it_says_how_to_get_it(monkeypatch):
         gm.kid(np.zeros((3, 2)), np.ones((3, 2)))
 
 
-def test_blocks_change_nothing():
-    x, y = torch.randn(53, 7, dtype=torch.float64), torch.randn(31, 7, dtype=torch.float64)
-    r = gm.neighbour_radii(x, 3)
-    assert torch.equal(r, gm.neighbour_radii(x, 3, batch_size=10)) and torch.equal(
-        gm.inside(y, x, r), gm.inside(y, x, r, batch_size=7)
-    )
-    d = torch.cdist(x, x).sort(1).values[:, 3]
-    assert torch.allclose(d, r)
+@pytest.mark.parametrize("block", [7, 10, 1000])
+def test_blocks_change_nothing(block):
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 7, generator=g, dtype=torch.float64) for n in (53, 31))
+    balls, whole = gm.Balls.around(x, 3, block), gm.Balls.around(x, 3)
+    assert torch.equal(balls.half_radii, whole.half_radii)
+    assert torch.allclose(balls.ratio(y, block), whole.ratio(y))
+    assert torch.equal(balls.hold(y, block), whole.hold(y))
+    assert torch.allclose(balls.radii, torch.cdist(x, x).sort(1).values[:, 3])
+    distance, index = gm.nearest(y, x, block)
+    assert torch.equal(index, torch.cdist(y, x).argmin(1))
+    assert torch.allclose(distance, torch.cdist(y, x).min(1).values)
+
+
+def test_an_image_twice_has_a_ball_of_radius_zero_that_holds_itself():
+    x = gm.unit(torch.eye(4).repeat(2, 1))
+    balls = gm.Balls.around(x, 1)
+    assert balls.half_radii.max() == 0 and balls.inside(x).all() and balls.hold(x).all()
 
 
 def test_a_shifted_interval_without_draws():
@@ -93,7 +113,7 @@ def test_a_shifted_interval_without_draws():
 
 
 def test_lpips_alex_equals_torchmetrics(tmp_path, monkeypatch):
-    "AlexNet's file is read under torchvision's names; the distance is that of torchmetrics' own network on the same (random) weights."
+    "AlexNet's file under torchvision's names; the distance of torchmetrics' own network."
     from torchmetrics.functional.image import lpips as theirs
 
     torch.manual_seed(0)
@@ -131,9 +151,9 @@ def test_networks_come_back_as_they_were():
 
 def test_judge_is_saved_small_and_loads_the_same(tmp_path):
     torch.manual_seed(0)
-    judge = gm.build_judge().half()
+    judge = mini.build_judge().half()
     judge.save_pretrained(tmp_path)
-    again = gm.load_judge(tmp_path)
+    again = mini.load_judge(tmp_path)
     assert (
         not again.training
         and next(again.parameters()).dtype == torch.float32
@@ -168,19 +188,23 @@ def test_any_network_will_do():
     rng = np.random.default_rng(0)
     images, real = rng.random((40, 8, 8, 3)), rng.integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     emotions = ["awe", "fear"] * 20
-    judge = lambda x: torch.eye(8)[[MIKELS.index("awe")] * len(x)]
+
+    def judge(x):
+        return torch.eye(8)[[MIKELS.index("awe")] * len(x)]
+
     table = gm.evaluate_generation(
         images,
         emotions,
         real,
-        judge=judge,
-        features=lambda x: x.mean((2, 3)),
-        distance=lambda x, y: (x - y).abs().mean((1, 2, 3)),
-        clip=Words(),
+        Networks(
+            judge=judge,
+            features=lambda x: x.mean((2, 3)),
+            distance=lambda x, y: (x - y).abs().mean((1, 2, 3)),
+            clip=Words(),
+        ),
         prompts="red",
         references=images,
-        n=50,
-        n_distances=10,
+        settings=MetricSettings(n=50, n_distances=10),
     )
     assert set(table.index) == {
         "fid",
@@ -207,20 +231,30 @@ def test_any_network_will_do():
         and (table.value <= table.high).all()
         and list(table.better[["fid", "recall"]]) == ["lower", "higher"]
     )
-    again = gm.evaluate_generation(images, emotions, judge=judge, n=50)
+    again = gm.evaluate_generation(
+        images, emotions, networks=Networks(judge), settings=MetricSettings(n=50)
+    )
     assert again.value["emo_a"] == 0.5 and again.attrs["left_out"]["lpips"] == "needs distance"
 
 
 def test_as_released_is_what_the_script_computes():
-    "Pairs from a list that grows, [0, 1] into the distance, pixel values divided by 255 twice into the encoder."
+    "A list that grows, [0, 1] into the distance, pixels divided by 255 twice into the encoder."
     rng = np.random.default_rng(0)
     images = rng.random((24, 3, 8, 8)).astype(np.float32)
     emotions = np.repeat([0, 3, 5], 8)
     seen = []
-    distance = lambda x, y: seen.append(float(x.min())) or (x - y).abs().mean((1, 2, 3))
-    clip = lambda x: 10 * x.mean((2, 3))
+
+    def distance(x, y):
+        return seen.append(float(x.min())) or (x - y).abs().mean((1, 2, 3))
+
+    def clip(x):
+        return 10 * x.mean((2, 3))
+
     table = gm.evaluate_generation(
-        images, emotions, distance=distance, clip=clip, as_released=True, n=20
+        images,
+        emotions,
+        networks=Networks(distance=distance, clip=clip),
+        settings=MetricSettings(as_released=True, n=20),
     )
     pairs, of = gm.draw_pairs(emotions, as_released=True)
     assert len(pairs) == 30 and pairs[of == 0].max() < 8 and pairs[of == 5].min() < 16
@@ -234,15 +268,13 @@ def test_as_released_is_what_the_script_computes():
 
 
 def test_another_set_of_emotions():
-    from uniemo.emotions import EmotionSet
-
     two = EmotionSet(["calm", "joy"])
     table = gm.evaluate_generation(
         np.random.default_rng(0).random((6, 4, 4, 3)),
         ["joy"] * 6,
-        judge=lambda x: torch.tensor([[0.2, 0.8]] * len(x)),
+        networks=Networks(judge=lambda x: torch.tensor([[0.2, 0.8]] * len(x))),
         emotion_set=two,
-        n=10,
+        settings=MetricSettings(n=10),
     )
     assert (
         list(table.index) == ["emo_a"]
@@ -256,17 +288,14 @@ def test_another_set_of_emotions():
 
 @shipped
 def test_shipped_judge_is_good_and_another_network():
-    judge, (data, labels) = gm.load_judge(), world(990, 1200)
+    judge, (data, labels) = mini.load_judge(), world(990, 1200)
     e, s, o = (p.numpy() for p in judge(data["images"]))
     one = data["objects"].sum(1) == 1
     assert (s.argmax(1) == data["scene"]).mean() > 0.98 and data["objects"][
         np.arange(1200), o.argmax(1)
     ][one].mean() > 0.9
     assert (e.argmax(1) == labels).mean() > 0.81  # Bayes: 0.857
-    assert (
-        not any("attention" in n for n, _ in judge.named_modules())
-        and check_manifest() == []
-    )
+    assert not any("attention" in n for n, _ in judge.named_modules()) and check_manifest() == []
     entry = json.loads((shipped_folder() / "manifest.json").read_text())["judge"]
     assert entry["notebook"] == "pretrain_judge"
     assert sum(p.stat().st_size for p in shipped_folder("judge").iterdir()) < 2e6
@@ -288,11 +317,38 @@ def test_pretrain_judge_runs(tmp_path):
         "fit",
         "emotion_decoded",
     } <= set(done.summary())
-    entry = foundation.ship(done.dir, "judge", tmp_path / "shipped")
-    assert (
-        entry["parameters"]["steps"] == 2 and check_manifest(tmp_path / "shipped") == []
-    )
-    assert gm.load_judge(tmp_path / "shipped/judge")(torch.rand(2, 3, 64, 64)).scene.shape == (
+    entry = mini.ship(done.dir, "judge", tmp_path / "shipped")
+    assert entry["parameters"]["steps"] == 2 and check_manifest(tmp_path / "shipped") == []
+    assert mini.load_judge(tmp_path / "shipped/judge")(torch.rand(2, 3, 64, 64)).scene.shape == (
         2,
         16,
     )
+
+
+# ---- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_and_networks_on_a_gpu():
+    judge = mini.load_judge().cuda()
+    networks = mini.mini_networks(judge)
+    networks.clip.cuda()
+    networks.distance.cuda()
+    images = torch.rand(16, 3, 64, 64, device="cuda")
+    table = gm.evaluate_generation(
+        images,
+        torch.arange(16, device="cuda") % 8,
+        images.flip(0),
+        networks,
+        prompts="a dog",
+        references=images,
+        settings=MetricSettings(n=5, n_distances=2),
+    )
+    assert table.value.notna().all() and table.value["clip_img"] == pytest.approx(1, abs=1e-3)
+    x = gm.unit(torch.randn(40, 5, device="cuda"))
+    scores = gm.coverage_scores(x, x)
+    assert scores["coverage"] == scores["precision"] == 1
+    assert gm.fid(x, x) == pytest.approx(0, abs=1e-6)
+    assert gm.Balls.around(x, 3).inside(x).device.type == "cuda"
+    assert gm.scores(torch.arange(8).cuda().cpu().numpy(), gm.as_array(torch.eye(8).cuda()))
+    assert gm.evaluate(torch.arange(8).cuda(), torch.eye(8).cuda(), n=3).value["accuracy"] == 1

@@ -1,4 +1,4 @@
-"Metrics against torchmetrics, by simulation and by symmetry: what does not read well in the notebook."
+"Metrics against torchmetrics, by simulation and by symmetry."
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from scipy import special, stats
 from uniemo import measure as M
 from uniemo.backbones import Backbone
 from uniemo.emotions import MIKELS
-from uniemo.mini.world import draw_spec, render
+from uniemo.mini import draw_spec, expert_movement, render
 
 
 def predictions(n=500, c=8, seed=0, sharp=1.5):
@@ -181,7 +181,7 @@ def test_pointing_reaches_one_for_the_best_map_and_chance_for_a_random_one():
 
 
 def test_class_attention_is_the_models_own():
-    "Against the weights that transformers returns with output_attentions; and the model is left as it was."
+    "Against transformers' own output_attentions; the model is left as it was."
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
@@ -217,6 +217,48 @@ def test_movement_ignores_scale_and_shift():
         for k in ("base", "scene", "object")
     }
     g = {k: dict(scene=7 * v["scene"] + 3, object=v["object"]) for k, v in f.items()}
-    assert M.expert_movement(f, n=20).ratio.to_numpy() == pytest.approx(
-        M.expert_movement(g, n=20).ratio.to_numpy()
+    assert expert_movement(f, n=20).ratio.to_numpy() == pytest.approx(
+        expert_movement(g, n=20).ratio.to_numpy()
     )
+
+
+# ---- what is refused, and names the item
+
+
+def test_votes_that_are_all_zero():
+    votes = np.ones((4, 8))
+    votes[2] = 0
+    p = np.full((4, 8), 1 / 8)
+    for call in (
+        lambda: M.vote_divergence(votes, p),
+        lambda: M.evaluate(None, p, votes=votes, n=2),
+        lambda: M.evaluate([0] * 4, p, votes=votes, n=2),
+        lambda: M.fit_temperature(np.log(p), votes),
+    ):
+        with pytest.raises(ValueError, match="row 2 is not"):
+            call()
+
+
+def test_labels_out_of_range_and_no_images():
+    with pytest.raises(ValueError, match="first at image 1"):
+        M.check_predictions([0, 8], np.eye(8)[:2])
+    with pytest.raises(ValueError, match="first at image 0"):
+        M.fit_temperature(np.eye(8)[:2], [-1, 0])
+    with pytest.raises(ValueError, match="at least one image"):
+        M.check_predictions([], np.zeros((0, 8)))
+    with pytest.raises(ValueError, match="at least one image"):
+        M.fit_temperature(np.zeros((0, 8)), [])
+
+
+def test_importing_loads_no_statistics():
+    "The pipeline imports this shelf; scipy.stats and seaborn wait until a figure or Student asks."
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; import uniemo.measure.intervals, uniemo.measure.classification, "
+        "uniemo.measure.pictures, uniemo.measure.networks; "
+        "print([m for m in ('scipy.stats', 'seaborn', 'accelerate') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr

@@ -125,6 +125,27 @@ if TYPE_CHECKING:
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
     from .shipping import ship
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
+    from .stages import (
+        NAMES,
+        SAMPLING,
+        candidates,
+        further_real,
+        inversion,
+        joint,
+        kept,
+        kept_folder,
+        load_world,
+        metrics_of,
+        name_shares,
+        open_pipeline,
+        prompted,
+        read_kept,
+        relabelled,
+        respaced,
+        scores,
+        settings_of,
+        understanding,
+    )
     from .tokens import PLACEHOLDER, POSITIONS, build_tokenizer, tokenize
     from .truth import (
         ImageSpec,
@@ -263,6 +284,27 @@ _rooms = {
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
     "shipping": ["ship"],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
+    "stages": [
+        "NAMES",
+        "SAMPLING",
+        "candidates",
+        "further_real",
+        "inversion",
+        "joint",
+        "kept",
+        "kept_folder",
+        "load_world",
+        "metrics_of",
+        "name_shares",
+        "open_pipeline",
+        "prompted",
+        "read_kept",
+        "relabelled",
+        "respaced",
+        "scores",
+        "settings_of",
+        "understanding",
+    ],
     "tokens": ["PLACEHOLDER", "POSITIONS", "build_tokenizer", "tokenize"],
     "truth": [
         "ImageSpec",

@@ -196,7 +196,8 @@ def select(
     if not found.kept.any():
         return Selection(found, thresholds, None, skipped)
     names = dict(splits.names, emotion=splits.emotions.names)
-    written = write_kept(found, folder, names, label_by=label_by, quality=quality)
+    told = found.assign(path=[Path(path).name for path in found.path])
+    written = write_kept(told, folder, names, list(found.path), label_by, quality)
     if thresholds is not None:
         thresholds.save(written / "thresholds.json")
     return Selection(found, thresholds, written, skipped)

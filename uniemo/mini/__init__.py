@@ -79,6 +79,18 @@ if TYPE_CHECKING:
         twin,
     )
     from .probes import expert_movement, plot_movement, twin_images
+    from .regimes import (
+        ARMS,
+        COLUMNS,
+        FULL,
+        FeedbackSettings,
+        FinishedRows,
+        JUDGED,
+        Regime,
+        SEPARATE,
+        chance_drift,
+        judge_set,
+    )
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
     from .shipping import ship
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
@@ -86,6 +98,7 @@ if TYPE_CHECKING:
         NAMES,
         SAMPLING,
         candidates,
+        code_of,
         further_real,
         inversion,
         joint,
@@ -119,6 +132,17 @@ if TYPE_CHECKING:
         draw_spec,
         true_posterior,
         true_table,
+    )
+    from .variants import (
+        BASELINES,
+        Budget,
+        IMPLICIT,
+        METHOD,
+        RELEASED,
+        choose_variants,
+        implicit_feedback,
+        make_variant,
+        over_seeds,
     )
     from .writing import label_file, read_specs, write_emoset
 
@@ -196,6 +220,18 @@ _rooms = {
         "twin",
     ],
     "probes": ["expert_movement", "plot_movement", "twin_images"],
+    "regimes": [
+        "ARMS",
+        "COLUMNS",
+        "FULL",
+        "FeedbackSettings",
+        "FinishedRows",
+        "JUDGED",
+        "Regime",
+        "SEPARATE",
+        "chance_drift",
+        "judge_set",
+    ],
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
     "shipping": ["ship"],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
@@ -203,6 +239,7 @@ _rooms = {
         "NAMES",
         "SAMPLING",
         "candidates",
+        "code_of",
         "further_real",
         "inversion",
         "joint",
@@ -236,6 +273,17 @@ _rooms = {
         "draw_spec",
         "true_posterior",
         "true_table",
+    ],
+    "variants": [
+        "BASELINES",
+        "Budget",
+        "IMPLICIT",
+        "METHOD",
+        "RELEASED",
+        "choose_variants",
+        "implicit_feedback",
+        "make_variant",
+        "over_seeds",
     ],
     "writing": ["label_file", "read_specs", "write_emoset"],
 }

@@ -8,6 +8,7 @@ __all__ = [
     "NAMES",
     "settings_of",
     "metrics_of",
+    "code_of",
     "load_world",
     "kept_folder",
     "read_kept",
@@ -80,6 +81,14 @@ def metrics_of(
 ) -> dict:
     "What a stage measured."
     return json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+
+
+def code_of(
+    folder: str | Path,  # of a finished stage
+) -> str:
+    "The first letters of the hash of the code that made it; '' where no store says."
+    done = Path(folder) / "done.json"
+    return json.loads(done.read_text(encoding="utf-8"))["code"][:12] if done.exists() else ""
 
 
 def _write(folder, **metrics):

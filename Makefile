@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
 SKIP := ^([_.]|experiments$$|benchmarks$$)
 
-.PHONY: help run test test-kill env hooks docs readme prepare benchmarks fullsize pretrain dist clean
+.PHONY: help run test style test-kill fuzz env hooks docs readme prepare benchmarks fullsize pretrain dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,12 +34,19 @@ hooks: ## git merges notebooks with nbdev, and trusts them after a merge
 run: env ## the main job: make run, or make run JOB=name
 	uniemo run $(JOB)
 
-test: env ## every notebook, every test, and the checks that keep the notebooks honest
+test: env style ## every notebook, every test, and the checks that keep the notebooks honest
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(JOBS) --skip_folder_re '$(SKIP)'
 	python -m pytest tests
 
+style: env ## ruff: format and rules, over notebooks, package, tests
+	ruff format --check
+	ruff check
+
 test-kill: env ## twenty trainings killed at a random moment and resumed, each must end bit for bit as an unbroken one
 	UNIEMO_KILLS=20 python -m pytest tests/test_training.py -k random_moment
+
+fuzz: env ## 20,000 mutated files, each ends right or in one clear error (make test tries 1,000)
+	UNIEMO_FUZZ=20000 python -m pytest tests/test_fuzz.py
 
 docs: env ## the site, offline, in _docs
 	python tests/house.py docs
@@ -47,8 +54,12 @@ docs: env ## the site, offline, in _docs
 readme: env ## README.md from nbs/index.ipynb
 	python tests/house.py readme
 
-prepare: env ## before a commit: export, clean, side bar, README
+prepare: env ## before a commit: export, format, clean, side bar, README
+	ruff format nbs tests
 	nbdev_export
+	python tests/house.py shelves
+	ruff format uniemo
+	ruff check
 	nbdev_clean
 	python tests/house.py sidebar readme
 
@@ -67,5 +78,5 @@ dist: env ## wheel and sdist, in dist
 	python -m build --no-isolation
 
 clean: ## remove what was built (runs/ and .venv stay)
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache nbs/.last_checked
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache nbs/.last_checked
 	find nbs uniemo tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

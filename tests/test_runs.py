@@ -1,4 +1,4 @@
-"Runs: what does not read well in a notebook, such as signals, dead processes, hostile text and odd folders."
+"Runs: what does not read well in a notebook, such as signals, hostile text and odd folders."
 
 import json
 import os

@@ -80,6 +80,7 @@ def _frame(kind, rows, emotions):
     return pd.DataFrame(values, [str(name) for name in rows or {}], emotions)
 
 
+# %% ../nbs/06_correlation.ipynb #33f70802
 def _places(kind, names):
     "dict normalised name -> row; equal names are refused."
     places = {}
@@ -301,6 +302,7 @@ def _all_names(cells):
     return list({normalize_name(n): n for cell in cells for n in _listed(cell)}.values())
 
 
+# %% ../nbs/06_correlation.ipynb #4fa9a48f
 def _listed(cell):
     "The names in a cell of a table: a text, a list, or nothing."
     if isinstance(cell, str):
@@ -308,7 +310,7 @@ def _listed(cell):
     return [] if cell is None or isinstance(cell, float) else list(cell)
 
 
-# %% ../nbs/06_correlation.ipynb #4fa9a48f
+# %% ../nbs/06_correlation.ipynb #422b6901
 def count_attributes(
     notes: Annotations,
     smoothing: float = 1.0,  # images of an average emotion
@@ -337,6 +339,7 @@ def count_attributes(
     return *rows, notes.emotions
 
 
+# %% ../nbs/06_correlation.ipynb #3f1d1cf8
 def _count(cells, names, weights, kind):
     "Weights of the images that show each name, [names, E]; a name counts once an image."
     place = {normalize_name(name): i for i, name in enumerate(names)}
@@ -373,6 +376,7 @@ def _probabilities(classifier, x):
     return p
 
 
+# %% ../nbs/06_correlation.ipynb #6b5ca70b
 def _ask_data_set(classifier, dataset, size, smoothing, batch_size, quiet):
     "kind -> name -> row, of a data set whose batches say what an image shows."
     names = {kind: getattr(dataset, f"{kind}_names") for kind in KINDS}
@@ -403,6 +407,7 @@ def _warn_of_unseen(kind, names, counts):
         )
 
 
+# %% ../nbs/06_correlation.ipynb #4a2b0c62
 def _ask_each_name(classifier, images, size, smoothing, batch_size, quiet):
     "kind -> name -> row, of pixels for each (kind, name)."
     rows = {kind: {} for kind in KINDS}
@@ -623,6 +628,7 @@ class AttributeRetriever(ModelMixin, ConfigMixin):
         return new
 
 
+# %% ../nbs/06_correlation.ipynb #94cf95d3
 def _check_features(kind, features, shape):
     if features is None or tuple(features.shape) != shape:
         found = None if features is None else list(features.shape)

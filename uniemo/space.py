@@ -66,6 +66,7 @@ def _check_share(name, weight):
         raise ValueError(f"the weight of {name!r} is {weight!r}; weights are shares, 0 to 1")
 
 
+# %% ../nbs/10_space.ipynb #cf2f41f0
 def mixture_weights(
     emotion,  # name or index, or a mixture {name: weight}
     emotions: Iterable[str] = MIKELS,  # the order of the weights
@@ -112,7 +113,7 @@ def _summary(x, full):
 def _add_rows(a, x, full):
     """The same as `_combine(a, _summary(x, full))`, the scatter in place.
 
-    delta delta^T goes in as one more row: a matrix of its own costs five times the time at D = 3072.
+    delta delta^T goes in as one more row: a matrix of its own costs five times the time.
     """
     n, mean, scatter = a
     if n == 0:
@@ -184,6 +185,7 @@ KINDS = ("diagonal", "lowrank", "bank")
 PARTS = ("class", "scene", "object")
 
 
+# %% ../nbs/10_space.ipynb #2e6d8a6c
 class EmotionSpace:
     "Per emotion the distribution of the joint vector [c, s, o]."
 
@@ -494,6 +496,7 @@ def joint_rows(space, parts):
     return torch.cat(held, 1)
 
 
+# %% ../nbs/10_space.ipynb #f721e086
 def check_labels(space, labels, count):
     "Class indices [count] on the CPU."
     labels = torch.as_tensor(labels).detach().to("cpu")
@@ -516,6 +519,7 @@ def row_keys(rows):
     return np.array([int.from_bytes(d, "big") for d in digests], np.uint64)
 
 
+# %% ../nbs/10_space.ipynb #ddd1dbd4
 def finish(space):
     "What `EmotionSpace.distributions` gives, from the statistics."
     E, D = len(space), space.width
@@ -572,6 +576,7 @@ def space_shapes(space, counts, statistics):
     return shapes
 
 
+# %% ../nbs/10_space.ipynb #8232551b
 def read_space(cls, path):
     "The space in a file."
     about = _read_settings(path)
@@ -600,6 +605,7 @@ def read_space(cls, path):
     return space
 
 
+# %% ../nbs/10_space.ipynb #0e948363
 def _read_settings(path):
     "What the metadata say; refused where they are another's."
     about = read_metadata(path, "uniemo.space", "emotion space")
@@ -657,6 +663,7 @@ def space_of_statistics(cls, means, stds, emotions):
     return space
 
 
+# %% ../nbs/10_space.ipynb #c9ed6592
 def _vector(what, parts, space, least):
     "The joint vector [D] of a dict of parts, no number below `least`."
     if set(parts) != set(space.parts):
@@ -701,6 +708,7 @@ def _check_loader(loader):
             )
 
 
+# %% ../nbs/10_space.ipynb #f007ea5d
 def _label_names(loader, encode, emotions):
     "What the labels are called: by `emotions`, the data set or the encoder; they are positions."
     named = [list(d.emotions) for d in _datasets(loader) if hasattr(d, "emotions")]
@@ -788,6 +796,7 @@ def valence_arousal_mixture(
     return {e: float(x) for e, x in zip(table, w / w.sum()) if x > 0}
 
 
+# %% ../nbs/10_space.ipynb #4a48bcc6
 def _check_point(valence, arousal, table, temperature):
     for name, value in (("valence", valence), ("arousal", arousal)):
         if not -1 <= value <= 1:

@@ -7,6 +7,17 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .batches import check_tensors, make_loader
+    from .cells import (
+        column_called,
+        image_bytes,
+        label_numbers,
+        names_in_cell,
+        path_in_cell,
+        read_frame,
+        rename_folded,
+        tidy_cells,
+        vote_shares,
+    )
     from .checking import NO_DATA, check, find_layout, find_root, load_data
     from .emoset import ATTRIBUTES, EmoSet
     from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
@@ -36,7 +47,7 @@ if TYPE_CHECKING:
     )
     from .sets import EmotionData, examine_all, in_threads, warn_of_likeness
     from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
-    from .tables import EmotionTable, names_in_cell, read_frame, rename_folded, tidy_cells
+    from .tables import EmotionTable
     from .transforms import (
         ByteView,
         CentreCrop,
@@ -50,6 +61,17 @@ if TYPE_CHECKING:
 
 _rooms = {
     "batches": ["check_tensors", "make_loader"],
+    "cells": [
+        "column_called",
+        "image_bytes",
+        "label_numbers",
+        "names_in_cell",
+        "path_in_cell",
+        "read_frame",
+        "rename_folded",
+        "tidy_cells",
+        "vote_shares",
+    ],
     "checking": ["NO_DATA", "check", "find_layout", "find_root", "load_data"],
     "emoset": ["ATTRIBUTES", "EmoSet"],
     "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
@@ -79,7 +101,7 @@ _rooms = {
     ],
     "sets": ["EmotionData", "examine_all", "in_threads", "warn_of_likeness"],
     "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
-    "tables": ["EmotionTable", "names_in_cell", "read_frame", "rename_folded", "tidy_cells"],
+    "tables": ["EmotionTable"],
     "transforms": [
         "ByteView",
         "CentreCrop",

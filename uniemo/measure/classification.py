@@ -64,6 +64,7 @@ def check_predictions(
     return y, p
 
 
+# %% ../../nbs/measure/classification.ipynb #e9cca08d
 def _check_labels(y, images, classes):
     if y.shape != (images,) or y.dtype.kind not in "iu":
         raise ValueError(
@@ -131,6 +132,7 @@ def macro_f1(
     return float((2 * np.diag(confusion)[there] / total[there]).mean())
 
 
+# %% ../../nbs/measure/classification.ipynb #23a8332f
 def accuracy(
     labels: ArrayLike,  # [N]
     probabilities: ArrayLike,  # [N, C]
@@ -235,6 +237,7 @@ def fit_temperature(
     return T
 
 
+# %% ../../nbs/measure/classification.ipynb #c7469da7
 def _check_targets(z, y):
     "Distributions [N, C] that the logits `z` should give."
     if z.ndim != 2 or not len(z) or not np.isfinite(z).all():
@@ -306,6 +309,7 @@ def evaluate(
     return bootstrap(lambda *a: scores(*a, emotions=emotions), *arrays, n=n, level=level, seed=seed)
 
 
+# %% ../../nbs/measure/classification.ipynb #e7ecbc14
 def evaluate_classes(
     labels: ArrayLike,  # [N]
     probabilities: ArrayLike,  # [N, C]

@@ -76,6 +76,7 @@ def fid_to(
     return value
 
 
+# %% ../../nbs/measure/generation.ipynb #3c2031de
 def fid(
     real: ArrayLike,  # [R, d]
     generated: ArrayLike,  # [N, d]
@@ -92,6 +93,7 @@ def fid(
     return fid_to(r)(g)
 
 
+# %% ../../nbs/measure/generation.ipynb #7f6ab1b1
 def kid(
     real: ArrayLike,  # [R, d]
     generated: ArrayLike,  # [N, d]
@@ -151,6 +153,7 @@ def _released_pairs(labels, emotion, num_pairs, rng):
     return np.stack([rng.choice(pool, 2, replace=False) for _ in range(num_pairs or 10)])
 
 
+# %% ../../nbs/measure/generation.ipynb #0ec71f59
 def mean_over_emotions(
     values: np.ndarray,  # [P]
     emotions: np.ndarray,  # [P] class indices
@@ -240,6 +243,7 @@ class Networks:
     clip: Callable | None = None
 
 
+# %% ../../nbs/measure/generation.ipynb #2825273f
 @dataclass(frozen=True)
 class MetricSettings:
     """How metrics of generated images are computed.
@@ -264,6 +268,7 @@ class MetricSettings:
         return dict(n=self.n, level=self.level, seed=self.seed)
 
 
+# %% ../../nbs/measure/generation.ipynb #53cb79c3
 class EmotionOfFeatures(nn.Module):
     "A judge of emotion that reads the features of a CLIP, as EmoGen's."
 
@@ -300,6 +305,7 @@ def published_networks(
 
 HIGHER_IS_BETTER = dict(fid=False, kid=False)
 
+# %% ../../nbs/measure/generation.ipynb #bb8055e1
 # metric: what it would need of the networks and images that may be given
 NEEDS = dict(
     **dict.fromkeys(("fid", "kid", "precision", "recall"), ("real", "features")),
@@ -314,7 +320,7 @@ NEEDS_OF_JUDGE = dict(
 )
 
 
-# %% ../../nbs/measure/generation.ipynb #2825273f
+# %% ../../nbs/measure/generation.ipynb #b4f7e55d
 def evaluate_generation(
     images,  # [N], as for `as_images`
     emotions: Sequence,  # [N] names or indices that were asked for
@@ -356,13 +362,14 @@ def evaluate_generation(
     return table
 
 
+# %% ../../nbs/measure/generation.ipynb #1bf7d70b
 def _lacking(given):
     "dict metric -> what it would need, of those that cannot be computed."
     absent = {m: [part for part in parts if given[part] is None] for m, parts in NEEDS.items()}
     return {metric: ", ".join(parts) for metric, parts in absent.items() if parts}
 
 
-# %% ../../nbs/measure/generation.ipynb #53cb79c3
+# %% ../../nbs/measure/generation.ipynb #b38b13c8
 def _rows(**intervals):
     "A DataFrame `value, low, high` of named intervals."
     columns = ["value", "low", "high"]
@@ -401,6 +408,7 @@ def _diversity(x, y, seen, networks, settings):
     return _rows(**means)
 
 
+# %% ../../nbs/measure/generation.ipynb #6c7b198b
 def _judged(x, labels, judge, emotions, settings):
     "Emo-A; Sem-C where the judge names scenes and objects; what else it can tell of those."
     out = apply_network(judge, x, batch_size=settings.batch_size)

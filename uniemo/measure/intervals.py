@@ -90,6 +90,7 @@ def bootstrap(
     return _interval_table(value, draws, level)
 
 
+# %% ../../nbs/measure/intervals.ipynb #3be0ccbb
 def _interval_table(value, draws, level):
     "DataFrame `value, low, high`; a score that is NaN in every draw stays NaN."
     numbers = np.array([list(d.values()) for d in draws], float)
@@ -231,6 +232,7 @@ def _place(place):
     return ", ".join(f"{k}={v}" for k, v in place.items()) or "the table"
 
 
+# %% ../../nbs/measure/intervals.ipynb #0a83dc84
 def _check_columns(runs, wanted):
     for column in wanted:
         if column not in runs:

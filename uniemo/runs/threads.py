@@ -63,6 +63,6 @@ def thread_settings() -> dict[str, str]:
 
 
 def describe_threads() -> dict:
-    "What `env.json` says of threads: cores of the machine, those that may be used, and the threads."
+    "What `env.json` says: cores of the machine, those that may be used, and the threads."
     threads = thread_settings()["OMP_NUM_THREADS"]
     return dict(cores=os.cpu_count(), usable=usable_cores(), threads=threads)

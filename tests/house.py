@@ -44,6 +44,7 @@ SHELVES = dict(
     measure="Scores, intervals, image metrics, neighbours, plots.",
     mini="The painted world, its foundation models, its judge and its stages.",
     runs="Runs in folders: parameters, execution, store, command line, estimates.",
+    diffusion="What a frozen diffusion model does: sampling, noise, latents, warm start.",
     files="Files that the package ships, writes, and that others made.",
 )
 

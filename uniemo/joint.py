@@ -270,7 +270,7 @@ def joint_data(
     }
     if config.keep_latents:
         vae.to(build_accelerator(config).device)
-        for name in ("train", "val"):
+        for name in read:
             read[name] = _with_latents(read[name], vae, config, folder, name == "train")
         vae.to("cpu")
     else:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from .latents import scaled_latents
+from ..files.weights import quiet
 from ..losses import diffusion_loss, diffusion_target
 
 
@@ -35,9 +36,10 @@ class DenoisingPart:
     def hold_frozen(self, dtype: torch.dtype):
         "Copies of U-Net and autoencoder in this type; the pipeline's own stay as they are."
         # the text encoder stays in float32: words differ by little, and it costs little
-        self.unet = copy.deepcopy(self.unet).to(dtype)
-        if self.vae is not None:
-            self.vae = copy.deepcopy(self.vae).to(dtype)
+        with quiet():
+            self.unet = copy.deepcopy(self.unet).to(dtype)
+            if self.vae is not None:
+                self.vae = copy.deepcopy(self.vae).to(dtype)
 
     def latents(self, batch: dict) -> torch.Tensor:
         "The batch's latents [B, C, h, w]: cached, or of `vae_pixel_values`."

@@ -52,6 +52,7 @@ def as_images(
     return x.clamp(0, 1)
 
 
+# %% ../../nbs/measure/networks.ipynb #f08e4bec
 def _stack(images, name):
     "One tensor of a list of Pillow images, arrays or tensors."
     if not images:
@@ -169,6 +170,7 @@ def pretrained_file(
     return path
 
 
+# %% ../../nbs/measure/networks.ipynb #a64f7f69
 def from_torchmetrics(
     module: str,  # of torchmetrics.image
     name: str,

@@ -94,6 +94,7 @@ def _in_order(counts, emotions, order):
     return table.loc[list(emotions.wheel), list(emotions.wheel)]
 
 
+# %% ../../nbs/measure/plots.ipynb #0fb9f907
 def _commonest_mistake(share):
     wrong = share.to_numpy() * (1 - np.eye(len(share)))
     if not wrong.any():
@@ -135,6 +136,7 @@ def plot_reliability(
     return set_finding(ax, title or _calibration_finding(many, bins))
 
 
+# %% ../../nbs/measure/plots.ipynb #4c466f67
 def _reliability_line(ax, labels, probabilities, bins, style):
     "Bins as marks of their size with Wilson's intervals."
     table = calibration_bins(labels, probabilities, bins)
@@ -201,6 +203,7 @@ def plot_intervals(
     return set_finding(ax, title or f"{highest}, {value.idxmin()} lowest ({value.min():.2f})")
 
 
+# %% ../../nbs/measure/plots.ipynb #20808498
 def _check_tables(many):
     "The first table, if all have its rows and the three columns."
     if len(many) > len(PALETTE):
@@ -297,6 +300,7 @@ def _row_name(index, names):
     return " · ".join(words) or str(index)
 
 
+# %% ../../nbs/measure/plots.ipynb #39a61c02
 def _forest_row(ax, y, row):
     clear = row.low > 0 or row.high < 0
     ax.errorbar(

@@ -97,6 +97,7 @@ def set_finding(ax: Axes, text: str) -> Axes:
     return ax
 
 
+# %% ../../nbs/measure/theme.ipynb #07e8dde9
 def set_figure_finding(fig: Figure, text: str) -> Figure:
     "The finding above all axes of a figure."
     fig.suptitle(text, x=0.01, ha="left", fontsize=10.5, weight="bold")

@@ -58,17 +58,7 @@ def joint(config, diffusion, steps):
     p = build(config, diffusion)
     c = p.encoder.config
     stage = JointStage(
-        p.encoder,
-        p.mapper,
-        p.retriever,
-        p.unet,
-        p.text_encoder,
-        p.tokenizer,
-        p.scheduler,
-        config,
-        p.vae,
-        p.scene_text,
-        p.object_text,
+        p.encoder, p.mapper, p.retriever, p, config, dict(scene=p.scene_text, object=p.object_text)
     )
 
     class Clock(Callback):

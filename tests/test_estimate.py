@@ -79,14 +79,9 @@ def test_joint(paper):
             paper.encoder,
             paper.mapper,
             paper.retriever,
-            paper.unet,
-            paper.text_encoder,
-            paper.tokenizer,
-            paper.scheduler,
+            paper,
             c,
-            paper.vae,
-            paper.scene_text,
-            paper.object_text,
+            dict(scene=paper.scene_text, object=paper.object_text),
         )
         assert stage.bridge is None
         batch = random_batch(c, 1, 512)
@@ -136,17 +131,7 @@ def test_fake_tensors_take_what_real_ones_take():
 def stage_of(config):
     p = build_parts(config, "mini", (16, 24))
     return JointStage(
-        p.encoder,
-        p.mapper,
-        p.retriever,
-        p.unet,
-        p.text_encoder,
-        p.tokenizer,
-        p.scheduler,
-        config,
-        p.vae,
-        p.scene_text,
-        p.object_text,
+        p.encoder, p.mapper, p.retriever, p, config, dict(scene=p.scene_text, object=p.object_text)
     )
 
 

@@ -31,6 +31,7 @@ from diffusers import DiffusionPipeline
 from tokenizers import AddedToken
 
 from .conditioning import split_prompt
+from .fusion import compute_device
 
 # %% ../nbs/diffusion/towers.ipynb #7ef144d7
 FAMILIES = {
@@ -73,6 +74,15 @@ class TextTower:
     def width(self) -> int:
         "Of its token embedding."
         return self.encoder.get_input_embeddings().weight.shape[1]
+
+    @property
+    def compiled(self) -> bool:
+        "Whether any part of the encoder is."
+        return any(
+            getattr(module, "_compiled_call_impl", None) is not None
+            or type(module).__name__ == "OptimizedModule"
+            for module in self.encoder.modules()
+        )
 
     @property
     def carrier(self) -> int:
@@ -134,13 +144,16 @@ class TowerWords:
     rows: list = field(default_factory=list)
     # where slots stand in the call that runs, long [R, tokens]: 0 none, j + 1 slot j
     places: torch.Tensor | None = None
-    # what happened since `reset`
+    # what happened since `reset`: calls of the encoder and of its embedding, slots met and written
     calls: int = 0
+    embedded: int = 0
     seen: set = field(default_factory=set)
     written: set = field(default_factory=set)
 
     def reset(self):
-        self.calls, self.seen, self.written, self.places = 0, set(), set(), None
+        "Forget what happened."
+        self.calls = self.embedded = 0
+        self.seen, self.written, self.places = set(), set(), None
 
     def before(self, module, args, kwargs):
         "Before the encoder: slots are noted and replaced by the carrier."
@@ -157,6 +170,7 @@ class TowerWords:
 
     def after(self, module, args, output):
         "After the embedding: rows [R, tokens, d] with words where slots were."
+        self.embedded += 1
         places = self.places
         if places is None or output.shape[:2] != places.shape or not places.any():
             return output
@@ -183,6 +197,22 @@ class TowerWords:
             )
         numbers = (prompts.cumsum(0) - 1).clamp(min=0)
         return word[numbers.to(word.device)]
+
+    def probe(self):
+        "A `RuntimeError` where a compiled encoder skips the hooks; ordinary tokens show it."
+        self.reset()
+        ids = torch.full((1, 8), self.tower.carrier, device=compute_device(self.tower.encoder))
+        with torch.no_grad():
+            self.tower.encoder(input_ids=ids)
+        self.check_hooks()
+
+    def check_hooks(self):
+        "A `RuntimeError` where encoder or embedding were run without their hooks."
+        if not self.calls or not self.embedded or self.seen - self.written:
+            raise RuntimeError(
+                f"no word was put into {self.tower.name}: its hooks were skipped. "
+                "Is it compiled? Give the pipeline the encoder that was not"
+            )
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -222,6 +252,8 @@ class PromptWords:
             for words in self.words:
                 stack.enter_context(words.hooked())
                 tower = words.tower
+                if tower.compiled:
+                    words.probe()
                 setattr(pipe, tower.tokenizer_name, tower.tokenizer)
                 stack.callback(setattr, pipe, tower.tokenizer_name, tower.original_tokenizer)
             pipe.encode_prompt = self.wrapped(pipe.encode_prompt)
@@ -281,15 +313,10 @@ class PromptWords:
         # a second prompt is read by a second tower alone
         several = any(name[-2:] in ("_2", "_3") for name in found)
         for words in self.words:
-            name = words.tower.name
-            if not words.calls or words.seen - words.written:
-                raise RuntimeError(
-                    f"no word was put into {name}: its hooks were skipped. "
-                    "Is it compiled? Give the pipeline the encoder that was not"
-                )
+            words.check_hooks()
             if not several and expected - words.seen:
                 raise RuntimeError(
-                    f"{name} did not read every word: the prompt is too long, and its end was "
+                    f"{words.tower.name} did not read every word: the prompt is too long, and its end was "
                     "cut off. Shorten the prompt, or put the word first"
                 )
 

@@ -79,6 +79,7 @@ def plot_curves(
     return set_figure_finding(fig, title or finding)
 
 
+# %% ../../nbs/measure/curves.ipynb #f0acf4bb
 def _draw_curves(ax, table, metric):
     "A line a split; where each but the training split is best, in words."
     found = []

@@ -106,6 +106,7 @@ def _check_lengths(count, parts):
         raise ValueError(f"{count} images, but {', '.join(wrong)}")
 
 
+# %% ../../nbs/measure/pictures.ipynb #83d29119
 def _no_frame(ax):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)

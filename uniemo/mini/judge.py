@@ -43,6 +43,7 @@ class Judgement(NamedTuple):
     object: torch.Tensor
 
 
+# %% ../../nbs/mini/judge.ipynb #f1d786af
 class Judge(PreTrainedModel):
     "A residual network that names emotion, scene and objects of images (see `as_images`)."
 

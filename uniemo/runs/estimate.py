@@ -377,13 +377,9 @@ def _measure(stage, config, diffusion, batch, passes, names, dtype):
                     p.encoder,
                     p.mapper,
                     p.retriever,
-                    p.unet,
-                    p.text_encoder,
-                    p.tokenizer,
-                    p.scheduler,
+                    p,
                     config,
-                    p.vae,
-                    *text,
+                    dict(zip(("scene", "object"), text)),
                 )
             )
             trained = sum(q.numel() for q in s.parameters() if q.requires_grad)

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from uniemo.conditioning import encode_prompts, max_tokens, split_prompt
 from uniemo.files.uniemo import load_uniemo
 from uniemo.fusion import PseudoWordMapper
-from uniemo.mini.foundation import load_diffusion
+from uniemo.mini.diffusion import load_diffusion
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 golden = pytest.mark.skipif(

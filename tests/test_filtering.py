@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from uniemo.data.sets import EmoSet, check
+from uniemo.data.checking import check
+from uniemo.data.emoset import EmoSet
 from uniemo.emotions import MIKELS
 from uniemo.filtering import (
     CRITERIA,
@@ -30,7 +31,7 @@ from uniemo.filtering import (
     unit,
     write_kept,
 )
-from uniemo.mini.world import write_emoset
+from uniemo.mini.writing import write_emoset
 
 E = len(MIKELS)
 

@@ -1,0 +1,129 @@
+"""Every stage on a device that is not the CPU: on a GPU where there is one, else on a stand-in.
+
+The stand-in (`standin.py`) refuses an operator whose tensors lie on different devices.
+"""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from standin import DEVICE as STAND_IN
+from standin import DeviceMismatch, stand_in
+
+from uniemo import UniEmoPipeline
+from uniemo.files.shipped import shipped_folder
+from uniemo.joint import JointConfig, train_joint
+from uniemo.measure.evidence import EvidenceReader
+from uniemo.measure.generation import evaluate_generation
+from uniemo.mini import draw_spec, load_clip, load_judge, mini_networks, paint_splits, render
+from uniemo.space import fit_space
+from uniemo.train import trainer
+from uniemo.understanding import (
+    UnderstandingConfig,
+    encoder_view,
+    name_features,
+    plain_batches,
+    train_understanding,
+)
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if HAS_GPU else STAND_IN
+FIRST = UnderstandingConfig.preset(
+    "mini", epochs=None, steps=2, eval_every=2, batch_size=16, num_queries=2
+)
+SECOND = JointConfig.preset(
+    "mini", steps=2, eval_every=2, batch_size=8, num_queries=2, warm_start=4
+)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    "What trainers and pipelines of the test compute on."
+    build = trainer.build_accelerator
+
+    def on_the_device(*args, **kwargs):
+        accelerator = build(*args, **kwargs)
+        accelerator.state.device = DEVICE
+        return accelerator
+
+    if not HAS_GPU:
+        monkeypatch.setattr(trainer, "build_accelerator", on_the_device)
+    with nullcontext() if HAS_GPU else stand_in():
+        yield DEVICE
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return paint_splits(32, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [render(draw_spec(999, i)).image for i in range(16)]
+
+
+@pytest.fixture
+def pipe(device):
+    pipe = UniEmoPipeline.from_pretrained("mini")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def test_the_stand_in_refuses_what_a_gpu_refuses(device):
+    layer = torch.nn.Linear(4, 2).to(device)
+    layer(torch.randn(3, 4, device=device)).sum().backward()
+    assert layer.weight.grad.device.type == device.type
+    with pytest.raises(RuntimeError) as error:
+        layer(torch.randn(3, 4))
+    assert HAS_GPU or isinstance(error.value, DeviceMismatch)
+
+
+def test_both_stages(splits, tmp_path):
+    "Steps, validation, best weights, warm start, latents, predictions."
+    first = train_understanding(splits, FIRST, folder=tmp_path / "first", progress=False)
+    assert first.trainer.device.type == DEVICE.type
+    text = name_features("mini", splits.names)
+    second = train_joint(
+        splits, SECOND, first.model, "mini", folder=tmp_path / "second", text=text, progress=False
+    )
+    assert np.isfinite(list(second.metrics.values())).all()
+
+
+def test_the_emotion_space(splits, pipe):
+    batches = plain_batches(splits["train"], encoder_view(pipe.encoder))
+    for kind in ("diagonal", "lowrank", "bank"):
+        space = fit_space(batches, pipe.encoder, emotions=splits.emotions.names, kind=kind)
+        drawn = space.sample("awe", 2, device=DEVICE)
+        assert all(x.device.type == DEVICE.type for x in drawn)
+        batches = plain_batches(splits["train"], encoder_view(pipe.encoder))
+
+
+def test_the_pipeline_answers_as_on_the_cpu(pipe, images):
+    there = pipe.understand(images[:4])
+    made = pipe.generate("awe", 2, num_inference_steps=3)
+    edited = pipe.generate("fear", 2, image=images[0], num_inference_steps=3, intensity=1.5)
+    pipe.generate(reference=images[1], num_inference_steps=2)
+    pipe.generate({"awe": 0.5, "fear": 0.5}, 2, num_inference_steps=2)
+    pipe.to("cpu")
+    here = pipe.understand(images[:4])
+    np.testing.assert_allclose(there.probabilities, here.probabilities, atol=1e-3)
+    assert len(made) == len(edited) == 2
+    if not HAS_GPU:
+        again = pipe.generate("awe", 2, num_inference_steps=3)
+        apart = np.asarray(made.images[0]).astype(int) - np.asarray(again.images[0])
+        assert np.abs(apart).max() <= 2
+
+
+def test_evidence_of_the_filter(pipe, images, device):
+    clip, _ = load_clip(shipped_folder("clip"))
+    reader = EvidenceReader(clip.to(device), encoder_view(pipe.encoder), classifier=pipe.encoder)
+    evidence = reader(images, np.arange(16) % 8)
+    assert evidence.features.device.type == evidence.logits.device.type == "cpu"
+
+
+def test_metrics_of_generation(images, device):
+    judge = load_judge().to(device)
+    emotions = ["awe", "fear"] * 8
+    scores = evaluate_generation(images, emotions, images[::-1], mini_networks(judge))
+    assert np.isfinite(scores.value.dropna()).all()

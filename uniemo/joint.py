@@ -361,6 +361,7 @@ def train_joint(  # noqa: PLR0913 - the one door of stage 2
         progress=progress,
     )
     result.parts = dict(encoder=encoder, mapper=fuse, retriever=retriever, diffusion=diffusion)
+    result.leave()
     return result
 
 

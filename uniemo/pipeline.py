@@ -38,7 +38,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .conditioning import encode_prompts
-from .correlation import Retriever
+from .correlation import AttributeRetriever
 from .data.images import read_image, to_rgb
 from .data.transforms import eval_transform
 from .files.disk import read_json, write_file
@@ -109,7 +109,7 @@ def byte_images(images: torch.Tensor) -> np.ndarray:
 
 # %% ../nbs/11_pipeline.ipynb #46b0c03c
 NOTE = "uniemo.json"
-PARTS = dict(encoder=ExpertQueryModel, mapper=PseudoWordMapper, retriever=Retriever)
+PARTS = dict(encoder=ExpertQueryModel, mapper=PseudoWordMapper, retriever=AttributeRetriever)
 DIFFUSION_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 # what concerns the hub; a revision is for the UniEmo repository alone
 HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -175,7 +175,7 @@ class UniEmoPipeline(WordSampler):
         scheduler: SchedulerMixin,
         encoder: ExpertQueryModel,
         mapper: PseudoWordMapper,
-        retriever: Retriever,
+        retriever: AttributeRetriever,
         # without one, `generate` needs a reference image
         space: EmotionSpace = None,
     ):
@@ -227,7 +227,7 @@ class UniEmoPipeline(WordSampler):
         diffusion: DiffusionPipeline | str | Path,
         encoder: ExpertQueryModel,
         mapper: PseudoWordMapper,
-        retriever: Retriever,
+        retriever: AttributeRetriever,
         space: EmotionSpace | None = None,
     ) -> "UniEmoPipeline":
         "From a diffusion model's parts and UniEmo's."

@@ -579,12 +579,8 @@ def space_shapes(space, counts, statistics):
 # %% ../nbs/10_space.ipynb #8232551b
 def read_space(cls, path):
     "The space in a file."
-    about = _read_settings(path)
-    extra = {name: about.pop(name) for name in ("count", "statistics", "info", "version")}
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items()}
-    space = cls(**lists)
-    space.info = extra["info"]
-    counts, with_statistics = extra["count"], extra["statistics"]
+    space, about = _empty_space(cls, path)
+    counts, with_statistics = about["count"], about["statistics"]
     shapes = space_shapes(space, counts, with_statistics)
     t = read_tensors(path, shapes, "emotion space")
     space._finished = dict(count=counts)
@@ -606,23 +602,31 @@ def read_space(cls, path):
 
 
 # %% ../nbs/10_space.ipynb #0e948363
-def _read_settings(path):
-    "What the metadata say; refused where they are another's."
+def _empty_space(cls, path):
+    "A space with the settings of a file, and all that its metadata say."
     about = read_metadata(path, "uniemo.space", "emotion space")
     if not isinstance(about, dict):
         raise WeightsError(f"{path} is no emotion space: its metadata have no 'uniemo.space'")
-    version = about.get("version")
+    version = about.pop("version", None)
     if version != 1:
         raise WeightsError(
             f"{path} is an emotion space of version {version}; this uniemo reads version 1: "
             "update it"
         )
-    lacks = {"emotions", "hidden_size", "kind", "count", "statistics", "info"} - set(about)
-    if lacks:
+    beside = ("count", "statistics", "info")
+    settings = {name: value for name, value in about.items() if name not in beside}
+    try:
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        space = cls(**lists)
+        space.info = about["info"]
+        space_shapes(space, about["count"], about["statistics"])
+        if len(about["count"]) != len(space):
+            raise ValueError(f"{len(about['count'])} entries in count for {len(space)} emotions")
+    except (ValueError, TypeError, KeyError) as problem:
         raise WeightsError(
-            f"{path}: its settings lack {_names(sorted(lacks))}; fit the space again"
-        )
-    return about
+            f"{path} has no whole settings: {problem}; fit the space again"
+        ) from None
+    return space, about
 
 
 # %% ../nbs/10_space.ipynb #cell-44

@@ -316,8 +316,8 @@ class PromptWords:
             words.check_hooks()
             if not several and expected - words.seen:
                 raise RuntimeError(
-                    f"{words.tower.name} did not read every word: the prompt is too long, and its end was "
-                    "cut off. Shorten the prompt, or put the word first"
+                    f"{words.tower.name} did not read every word: the prompt is too long, and its "
+                    "end was cut off. Shorten the prompt, or put the word first"
                 )
 
 

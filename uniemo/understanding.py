@@ -16,11 +16,15 @@ __all__ = [
     "with_view",
     "network_inputs",
     "plain_batches",
+    "decode_splits",
     "ExtraImages",
     "open_extra",
+    "refuse_known",
     "training_data",
     "train_understanding",
     "save_flushed",
+    "look",
+    "said_names",
 ]
 
 # %% ../nbs/05_understanding.ipynb #e3160255
@@ -42,8 +46,8 @@ from .emotions import MIKELS
 from .files.disk import flush
 from .files.shipped import shipped_folder
 from .files.weights import quiet
-from .losses import classification_loss, similarity, understanding_loss
-from .queries import ExpertQueryModel, train_only
+from .losses import classification_loss, similarity, temperature, understanding_loss
+from .queries import ExpertQueryModel, attention_maps, train_only
 from .queries import parts as model_parts
 from .train.batches import MemoryData
 from .train.config import TrainConfig, check_choice, check_weights, settings
@@ -337,6 +341,16 @@ def plain_batches(
         yield from make_loader(data, size, workers=workers)
 
 
+# %% ../nbs/05_understanding.ipynb #bb41e483
+def decode_splits(
+    splits: EmotionSplits,  # on disk
+    view: NetworkView,
+) -> EmotionSplits:  # in memory
+    "All splits decoded once, as small data are read."
+    tensors = {name: in_memory(with_view(data, view)) for name, data in splits.splits.items()}
+    return EmotionSplits(tensors, splits.names, splits.emotions, splits.specs)
+
+
 # %% ../nbs/05_understanding.ipynb #dab40563
 @dataclass(frozen=True)
 class ExtraImages:
@@ -360,7 +374,7 @@ def open_extra(extra: ExtraImages, splits: EmotionSplits, view: NetworkView):
     scenes, objects = (splits.names[kind] for kind in KINDS)
     images = images.numbered_as(splits.emotions, scenes or (), objects or ())
     if not isinstance(splits["train"], dict):
-        _refuse_known(images, splits)
+        refuse_known(images, splits)
         return images
     images.transform = eval_transform(view.size, view.mean, view.std, fraction=1.0)
     kept = {"pixel_values", "label"} | ({"scene"} if scenes else set())
@@ -368,7 +382,7 @@ def open_extra(extra: ExtraImages, splits: EmotionSplits, view: NetworkView):
     return {name: values for name, values in in_memory(images).items() if name in kept}
 
 
-def _refuse_known(images, splits):
+def refuse_known(images, splits: EmotionSplits):
     "Refuse images that validation or test asks for too."
     for name in ("val", "test"):
         if same := same_images(images, splits[name]):
@@ -437,7 +451,7 @@ def train_understanding(
     # 4. keep the encoder
     if folder and result.trainer.main:
         save_flushed(model, Path(folder) / "model")
-    result.trainer.accelerator.wait_for_everyone()
+    result.leave()
     return result
 
 
@@ -476,3 +490,37 @@ def save_flushed(model, folder: Path, **kwargs):
     for path in sorted(Path(folder).rglob("*")):
         flush(path)
     flush(folder)
+
+
+# %% ../nbs/05_understanding.ipynb #49105145
+@torch.no_grad()
+def look(
+    model: ExpertQueryModel,
+    pixels: torch.Tensor,  # [n, 3, H, W], on the model's device
+    batch_size: int = 100,
+) -> dict:  # `scene`, `object` [n, d] and `maps`, arrays [n, rows, columns] by kind
+    "Scene and object features and attention maps; empty for a plain backbone."
+    if not model.config.num_queries:
+        return {}
+    outs = [model(part) for part in pixels.split(batch_size)]
+    maps = [attention_maps(model, out) for out in outs]
+    return dict(
+        scene=torch.cat([out.scene_features for out in outs]),
+        object=torch.cat([out.object_features for out in outs]),
+        maps={kind: torch.cat([m[kind] for m in maps]).numpy() for kind in KINDS},
+    )
+
+
+@torch.no_grad()
+def said_names(
+    model: ExpertQueryModel,
+    seen: dict,  # of `look`
+    text: dict,  # features of the names by kind
+) -> dict:  # kind -> shares [n, names]
+    "How much a feature speaks for each name."
+    shares = {}
+    for kind in KINDS:
+        projected = getattr(model, f"{kind}_projection")(seen[kind])
+        scale = temperature(getattr(model, f"{kind}_logit_scale"))
+        shares[kind] = (scale * similarity(projected, text[kind])).softmax(1)
+    return shares

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
     from .images import SUFFIXES, read_image, to_rgb
     from .kept import SCORES, TEXT_COLUMNS, read_table, write_annotated, write_kept
+    from .lookup import ImageFiles, columns_of, in_threads
     from .memory import in_memory, memory_size, random_crops
     from .mixing import MixedDataset, mix_tensors, mixing_weights, same_images
     from .names import (
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
         read_bytes,
         read_json,
     )
-    from .sets import EmotionData, examine_all, in_threads, warn_of_likeness
+    from .sets import EmotionData, examine_all, warn_of_likeness
     from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
     from .tables import EmotionTable
     from .transforms import (
@@ -77,6 +78,7 @@ _rooms = {
     "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
     "images": ["SUFFIXES", "read_image", "to_rgb"],
     "kept": ["SCORES", "TEXT_COLUMNS", "read_table", "write_annotated", "write_kept"],
+    "lookup": ["ImageFiles", "columns_of", "in_threads"],
     "memory": ["in_memory", "memory_size", "random_crops"],
     "mixing": ["MixedDataset", "mix_tensors", "mixing_weights", "same_images"],
     "names": [
@@ -99,7 +101,7 @@ _rooms = {
         "read_bytes",
         "read_json",
     ],
-    "sets": ["EmotionData", "examine_all", "in_threads", "warn_of_likeness"],
+    "sets": ["EmotionData", "examine_all", "warn_of_likeness"],
     "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
     "tables": ["EmotionTable"],
     "transforms": [

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .lookup import columns_of, in_threads
 from .names import leaves_root, normalize_name, spellings, tidy_path
 from .reading import DataError, Problem, read_json
-from .sets import EmotionData, in_threads, warn_of_likeness
+from .sets import EmotionData, warn_of_likeness
 from ..emotions import MIKELS, EmotionSet
 
 # %% ../../nbs/data/emoset.ipynb #96641977
@@ -180,7 +181,8 @@ class EmoSet(EmotionData):
                 problems.append(Problem(len(rows), entry[-2], *fault))
             rows.append(self._row(entry))
             seen.add(rows[-1][0])
-        return _columns(rows), problems
+        kinds = dict(path=object, image_id=object, label=np.int64, annotation=object)
+        return columns_of(rows, **kinds), problems
 
     def _read_tables(self):
         self.tables = _read_info(self.root)
@@ -223,17 +225,3 @@ class EmoSet(EmotionData):
             if kind in note:
                 note[kind] = _read_value(path, kind, note[kind], self._known[kind])
         return note
-
-
-# %% ../../nbs/data/emoset.ipynb #9f478472
-def _columns(rows):
-    "Columns of arrays from rows of path, id, label, annotation."
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 4
-    names, kinds = (
-        ("path", "image_id", "label", "annotation"),
-        (object, object, np.int64, object),
-    )
-    return {
-        name: np.fromiter(values, kind, len(rows))
-        for name, values, kind in zip(names, columns, kinds, strict=True)
-    }

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .images import SUFFIXES
+from .lookup import columns_of
 from .names import fold_case, spellings
 from .reading import DataError, Problem
 from .sets import EmotionData, warn_of_likeness
@@ -108,12 +109,7 @@ class EmotionFolder(EmotionData):
                     problems.append(self._unknown(len(rows), name, folder.name))
                 rows.append((name, name.removesuffix(path.suffix), label))
         self._tell_ignored(splits, odd)
-        columns = list(zip(*rows, strict=True)) if rows else [()] * 3
-        kinds = dict(path=object, image_id=object, label=np.int64)
-        return {
-            name: np.fromiter(values, kind, len(rows))
-            for (name, kind), values in zip(kinds.items(), columns, strict=True)
-        }, problems
+        return columns_of(rows, path=object, image_id=object, label=np.int64), problems
 
     def _find_emotions(self, splits):
         "The label set: given, Mikels' eight, or the folders' names."

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         load_judge,
         mini_networks,
     )
+    from .judging import JudgeStage, augment, blur, coarsen, judge_scores, spoiled, strew
     from .painting import (
         EMOJI,
         Rendered,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
         sprites,
         twin,
     )
+    from .pretraining import PartOfRun, SampleSheets, name_rates, patch_names
     from .probes import expert_movement, plot_movement, twin_images
     from .regimes import (
         ARMS,
@@ -208,6 +210,7 @@ _rooms = {
         "load_judge",
         "mini_networks",
     ],
+    "judging": ["JudgeStage", "augment", "blur", "coarsen", "judge_scores", "spoiled", "strew"],
     "painting": [
         "EMOJI",
         "Rendered",
@@ -219,6 +222,7 @@ _rooms = {
         "sprites",
         "twin",
     ],
+    "pretraining": ["PartOfRun", "SampleSheets", "name_rates", "patch_names"],
     "probes": ["expert_movement", "plot_movement", "twin_images"],
     "regimes": [
         "ARMS",

@@ -7,20 +7,16 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .estimate import (
-        Alive,
-        CLIP,
+        Job,
+        MemoryTracker,
+        NO_MODELS,
         PRECISIONS,
         PROGRAM,
-        Parts,
-        SD,
         STAGES,
-        WRITTEN_OUT,
-        build_parts,
         estimate,
+        fake_tensors,
         generate_step,
         random_batch,
-        read_config,
-        stand_in_tokenizer,
         train_step,
     )
     from .execution import (
@@ -64,6 +60,25 @@ if TYPE_CHECKING:
         read_notebook,
         read_parameters,
     )
+    from .parts import (
+        CLASSES,
+        CLIP,
+        CLIP_VISION,
+        END,
+        NAMES,
+        Parts,
+        SD,
+        SD_SCHEDULER,
+        SD_TEXT,
+        SD_UNET,
+        SD_VAE,
+        START,
+        WRITTEN_OUT,
+        build_parts,
+        random_encoder,
+        read_config,
+        stand_in_tokenizer,
+    )
     from .store import NOT_IN_KEY, OWN_FILES, PATHS, Store, check_stage, shipped_hash
     from .tables import (
         BROKEN,
@@ -81,20 +96,16 @@ if TYPE_CHECKING:
 
 _rooms = {
     "estimate": [
-        "Alive",
-        "CLIP",
+        "Job",
+        "MemoryTracker",
+        "NO_MODELS",
         "PRECISIONS",
         "PROGRAM",
-        "Parts",
-        "SD",
         "STAGES",
-        "WRITTEN_OUT",
-        "build_parts",
         "estimate",
+        "fake_tensors",
         "generate_step",
         "random_batch",
-        "read_config",
-        "stand_in_tokenizer",
         "train_step",
     ],
     "execution": [
@@ -137,6 +148,25 @@ _rooms = {
         "nearest",
         "read_notebook",
         "read_parameters",
+    ],
+    "parts": [
+        "CLASSES",
+        "CLIP",
+        "CLIP_VISION",
+        "END",
+        "NAMES",
+        "Parts",
+        "SD",
+        "SD_SCHEDULER",
+        "SD_TEXT",
+        "SD_UNET",
+        "SD_VAE",
+        "START",
+        "WRITTEN_OUT",
+        "build_parts",
+        "random_encoder",
+        "read_config",
+        "stand_in_tokenizer",
     ],
     "store": ["NOT_IN_KEY", "OWN_FILES", "PATHS", "Store", "check_stage", "shipped_hash"],
     "tables": [

@@ -4,26 +4,24 @@
 
 # %% auto #0
 __all__ = [
-    "CLIP",
-    "SD",
-    "WRITTEN_OUT",
     "STAGES",
     "PRECISIONS",
     "PROGRAM",
-    "read_config",
-    "stand_in_tokenizer",
-    "Parts",
-    "build_parts",
-    "Alive",
+    "NO_MODELS",
+    "MemoryTracker",
     "random_batch",
     "train_step",
     "generate_step",
+    "Job",
+    "fake_tensors",
     "estimate",
 ]
 
-# %% ../../nbs/runs/estimate.ipynb #cell-04
+# %% ../../nbs/runs/estimate.ipynb #47f1dfe1
+import dataclasses
 import json
 import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,470 +29,327 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
-from ..backbones import FAMILIES
-from ..correlation import CorrelationTable, Retriever
-from ..emotions import MIKELS
-from ..files.shipped import shipped_folder
-from ..fusion import PseudoWordMapper
 from ..joint import JointConfig, JointStage
-from ..queries import ExpertQueryConfig, ExpertQueryModel
+from .parts import NAMES, SD, Parts, build_parts
 from ..train.advice import split_batch
 from ..understanding import UnderstandingConfig, UnderstandingStage
 
-# %% ../../nbs/runs/estimate.ipynb #cell-07
-CLIP, SD = "openai/clip-vit-large-patch14", "stable-diffusion-v1-5/stable-diffusion-v1-5"
-WRITTEN_OUT = {
-    CLIP: dict(
-        vision=dict(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=224,
-            patch_size=14,
-            projection_dim=768,
-            hidden_act="quick_gelu",
-        )
-    ),
-    SD: dict(
-        unet=dict(
-            sample_size=64,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(320, 640, 1280, 1280),
-            layers_per_block=2,
-            cross_attention_dim=768,
-            attention_head_dim=8,
-            norm_num_groups=32,
-            norm_eps=1e-5,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            act_fn="silu",
-        ),
-        vae=dict(
-            sample_size=512,
-            latent_channels=4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            norm_num_groups=32,
-            scaling_factor=0.18215,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            act_fn="silu",
-        ),
-        text=dict(
-            vocab_size=49408,
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=77,
-            projection_dim=768,
-            hidden_act="quick_gelu",
-            bos_token_id=0,
-            eos_token_id=2,
-            pad_token_id=1,
-        ),
-        scheduler=dict(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            num_train_timesteps=1000,
-            prediction_type="epsilon",
-            steps_offset=1,
-            set_alpha_to_one=False,
-            skip_prk_steps=True,
-        ),
-    ),
-}
-
-
-def read_config(name, part):
-    "Configuration of a `part` ('vision', 'unet', 'vae', 'text', 'scheduler') of a model: 'mini', one written out above, a folder or a hub id."
-    if name in WRITTEN_OUT:
-        if part not in WRITTEN_OUT[name]:
-            raise ValueError(f"{name} has no {part}; it has {', '.join(WRITTEN_OUT[name])}")
-        c = WRITTEN_OUT[name][part]
-        return (
-            CLIPVisionConfig(**c)
-            if part == "vision"
-            else CLIPTextConfig(**c)
-            if part == "text"
-            else c
-        )
-    folder = shipped_folder("clip" if part == "vision" else "diffusion") if name == "mini" else name
-    try:
-        if part == "vision":
-            c = AutoConfig.from_pretrained(folder)
-            return getattr(c, "vision_config", c)
-        if part == "text":
-            return CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
-        return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": PNDMScheduler}[
-            part
-        ].load_config(folder, subfolder=part)
-    except OSError as e:
-        raise FileNotFoundError(
-            f"no {part} configuration of {name!r}: {str(e).splitlines()[0]} Known without a file: mini, {', '.join(WRITTEN_OUT)}"
-        ) from None
-
-
-# %% ../../nbs/runs/estimate.ipynb #cell-10
-def stand_in_tokenizer(vocab_size=49408, length=77):
-    "A `CLIPTokenizer` of `vocab_size` tokens with made-up merges, for models whose weights are random."
-    letters = sorted(ByteLevel.alphabet())
-    base = letters + [c + "</w>" for c in letters]
-    need = vocab_size - len(base) - 2
-    pairs = [(a, b) for a in letters for b in letters][: max(need, 0)]
-    if len(pairs) < need:
-        raise ValueError(
-            f"a vocabulary of at most {len(base) + 2 + len(letters) ** 2}, not {vocab_size}"
-        )
-    tokens = base + [a + b for a, b in pairs] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={t: i for i, t in enumerate(tokens)},
-        merges=pairs,
-        model_max_length=length,
-        pad_token="<|endoftext|>",
-    )
-
-
-# %% ../../nbs/runs/estimate.ipynb #cell-13
-@dataclass
-class Parts:
-    "Everything that joint training and generation need; `encoder` alone for stage 1."
-
-    encoder: object
-    scene_text: object = None
-    object_text: object = None
-    mapper: object = None
-    retriever: object = None
-    unet: object = None
-    text_encoder: object = None
-    vae: object = None
-    tokenizer: object = None
-    scheduler: object = None
-
-    def modules(self):
-        return {n: m for n, m in vars(self).items() if isinstance(m, torch.nn.Module)}
-
-
-def build_parts(config, diffusion=None, names=(254, 409), emotions=MIKELS):
-    "`Parts` with random weights for an `UnderstandingConfig` or, with a `diffusion` model, a `JointConfig`. Text features of the attributes' names are random too."
-    c = read_config(config.backbone, "vision")
-    if c.model_type not in FAMILIES:
-        raise ValueError(
-            f"{config.backbone} holds a model of type {c.model_type!r}; known vision models: {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[c.model_type]
-    width = getattr(c, "projection_dim", None) or c.hidden_size
-    text = [torch.randn(n, width) for n in names]
-    p = Parts(
-        ExpertQueryModel(
-            ExpertQueryConfig(
-                c,
-                config.num_queries,
-                num_classes=len(emotions),
-                class_names=list(emotions.names),
-                head_width=config.head_width,
-                head_inputs=config.head_inputs,
-                text_dim=width,
-                image_mean=family.mean,
-                image_std=family.std,
-            )
-        ),
-        *text,
-    )
-    if diffusion is None:
-        return p
-    unet, vae, text_config = (read_config(diffusion, k) for k in ("unet", "vae", "text"))
-    p.unet, p.vae, p.text_encoder = (
-        UNet2DConditionModel.from_config(unet),
-        AutoencoderKL.from_config(vae),
-        CLIPTextModel(text_config),
-    )
-    p.scheduler, p.tokenizer = (
-        PNDMScheduler.from_config(read_config(diffusion, "scheduler")),
-        stand_in_tokenizer(max(text_config.vocab_size, 514), text_config.max_position_embeddings),
-    )
-    rows = [
-        {f"{kind} {i}": [1 / len(emotions)] * len(emotions) for i in range(n)}
-        for kind, n in zip(("scene", "object"), names)
-    ]
-    p.retriever = Retriever(
-        CorrelationTable(*rows, emotions), *text, config.retrieval, config.temperature
-    )
-    p.mapper = PseudoWordMapper(c.hidden_size, text_config.hidden_size)
-    return p
-
 
 # %% ../../nbs/runs/estimate.ipynb #cell-16
-class Alive(TorchDispatchMode):
-    """Within this context: bytes alive (`now`), their `peak`, and how many of the peak are `gradients` (of parameters given to `watch`).
-    The weights of `modules` were there before and do not count, nor do views of them."""
+class MemoryTracker(TorchDispatchMode):
+    "Within this context: bytes alive (`now`), their `peak`, and the `gradients` in the peak."
 
-    def __init__(self, *modules):
+    def __init__(
+        self,
+        *modules: nn.Module,  # their weights were there before and do not count
+    ):
         super().__init__()
         self.now = self.peak = self.gradients = 0
-        self.sizes, self.grads = weakref.WeakKeyDictionary(), weakref.WeakSet()
-        for m in modules:
-            self.sizes.update({t.untyped_storage(): 0 for t in [*m.parameters(), *m.buffers()]})
+        self.sizes, self.held = weakref.WeakKeyDictionary(), weakref.WeakSet()
+        for module in modules:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                self.sizes[tensor.untyped_storage()] = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.add(t.untyped_storage())
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
         return out
 
     def add(self, storage):
+        "Count a piece of storage that is new."
         if storage in self.sizes:
             return
-        n = self.sizes[storage] = storage.nbytes()
-        self.now += n
-        weakref.finalize(storage, self.drop, n)
+        size = self.sizes[storage] = storage.nbytes()
+        self.now += size
+        weakref.finalize(storage, self.drop, size)
         if self.now > self.peak:
-            self.peak, self.gradients = self.now, sum(s.nbytes() for s in self.grads)
+            self.peak, self.gradients = self.now, sum(s.nbytes() for s in self.held)
 
-    def drop(self, n):
-        self.now -= n
+    def drop(self, size: int):
+        "Take a piece of storage off the count."
+        self.now -= size
 
-    def watch(self, parameters):
-        "Call the gradients of `parameters` gradients; returns a function that stops it."
-        handles = [
-            p.register_post_accumulate_grad_hook(lambda p: self.grads.add(p.grad.untyped_storage()))
-            for p in parameters
-        ]
-        return lambda: [h.remove() for h in handles]
+    @contextmanager
+    def watch(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        "While inside, call the gradients of these parameters gradients."
+
+        def keep(parameter):
+            self.held.add(parameter.grad.untyped_storage())
+
+        handles = [p.register_post_accumulate_grad_hook(keep) for p in parameters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 # %% ../../nbs/runs/estimate.ipynb #cell-20
-def random_batch(config, size, vae_size=None, names=(254, 409), emotions=8):
-    "A batch of `size` as the data sets give it."
-    b = dict(
-        pixel_values=torch.randn(size, 3, config.image_size, config.image_size),
+def random_batch(
+    size: int,  # images
+    side: int,  # of the images that the encoder reads, in pixels
+    vae_side: int | None = None,  # of those that the autoencoder reads; None: none
+    num_objects: int = NAMES[1],
+) -> dict[str, torch.Tensor]:
+    "A batch as the data sets give it."
+    batch = dict(
+        pixel_values=torch.randn(size, 3, side, side),
         label=torch.zeros(size, dtype=torch.long),
         scene=torch.zeros(size, dtype=torch.long),
-        objects=torch.ones(size, names[1]),
+        objects=torch.ones(size, num_objects),
     )
-    return (
-        b
-        if vae_size is None
-        else {**b, "vae_pixel_values": torch.randn(size, 3, vae_size, vae_size)}
-    )
+    if vae_side is not None:
+        batch["vae_pixel_values"] = torch.randn(size, 3, vae_side, vae_side)
+    return batch
 
 
-def train_step(stage, batch, passes=1, dtype=None):
-    "Bytes (gradients, activations and work) at the peak of one step of `stage` on fake tensors."
+def train_step(
+    stage: nn.Module,  # an `UnderstandingStage` or a `JointStage`
+    batch: Callable[[], dict],  # makes the batch of a pass
+    passes: int = 1,
+    dtype: torch.dtype | None = None,  # of mixed precision; None: float32
+) -> tuple[int, int]:  # bytes: gradients, activations and work
+    "What is alive at the peak of one step."
     trained = [p for p in stage.parameters() if p.requires_grad]
     stage.train()
-    alive = Alive(stage)
-    stop = alive.watch(trained)
-    with alive:
+    memory = MemoryTracker(stage)
+    with memory, memory.watch(trained):
         for _ in range(min(passes, 2)):
             with torch.autocast("cpu", dtype) if dtype else nullcontext():
                 loss = stage(batch())["loss"]
             (loss.float() / passes).backward()
             del loss
-    stop()
-    alive.sizes.clear()
-    for p in trained:
-        p.grad = None
-    return alive.gradients, alive.peak - alive.gradients
+    memory.sizes.clear()
+    for parameter in trained:
+        parameter.grad = None
+    return memory.gradients, memory.peak - memory.gradients
 
 
+# %% ../../nbs/runs/estimate.ipynb #a02fc007
 @torch.no_grad()
-def generate_step(p, batch_size, guidance=True):
-    "Bytes at the peak of generation on fake tensors: text encoder, U-Net, autoencoder, and the encoder that tells the confidence."
-    unet, dtype, alive = p.unet, p.unet.dtype, Alive(*p.modules().values())
-    n, side = batch_size * (1 + guidance), unet.config.sample_size
-    for m in p.modules().values():
-        m.eval()
-    with alive:
-        states = p.text_encoder(
-            torch.zeros(n, p.text_encoder.config.max_position_embeddings, dtype=torch.long)
-        )[0].to(dtype)
-        latents = torch.randn(batch_size, unet.config.in_channels, side, side, dtype=dtype)
+def generate_step(
+    parts: Parts,
+    batch_size: int,  # images at a time
+    guidance: bool = True,  # twice as many go through the U-Net
+) -> int:  # bytes
+    "What is alive at the peak of generation: text, U-Net, autoencoder, and the encoder's look."
+    for module in parts.modules().values():
+        module.eval()
+    unet, text, view = parts.unet, parts.text_encoder, parts.encoder.config
+    count, side = batch_size * (1 + guidance), unet.config.sample_size
+    memory = MemoryTracker(*parts.modules().values())
+    with memory:
+        ids = torch.zeros(count, text.config.max_position_embeddings, dtype=torch.long)
+        states = text(ids)[0].to(unet.dtype)
+        latents = torch.randn(batch_size, unet.config.in_channels, side, side, dtype=unet.dtype)
         for _ in range(2):
-            noise = unet(latents.repeat(n // batch_size, 1, 1, 1), torch.tensor(1), states).sample
-        del noise
-        images = p.vae.decode(latents).sample
+            both = latents.repeat(count // batch_size, 1, 1, 1)
+            noise = unet(both, torch.tensor(1), states).sample
+        del noise, both
+        images = parts.vae.decode(latents).sample
         del latents, states
-        p.encoder(
-            torch.randn(
-                batch_size, 3, p.encoder.config.image_size, p.encoder.config.image_size, dtype=dtype
-            )
-        )
-    alive.sizes.clear()
-    return 0, alive.peak
+        seen = torch.randn(batch_size, 3, view.image_size, view.image_size, dtype=unet.dtype)
+        parts.encoder(seen)
+        del images
+    memory.sizes.clear()
+    return memory.peak
 
 
 # %% ../../nbs/runs/estimate.ipynb #cell-22
 STAGES = ("understanding", "joint", "generation")
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16)  # fp16 takes what bf16 takes
-PROGRAM = dict(cpu=0.6e9, cuda=0.6e9)  # Python with its libraries; a GPU's context
+PROGRAM = dict(cpu=0.6e9, cuda=0.6e9)  # bytes: Python with its libraries; a GPU's context
+
+
+@dataclass(frozen=True)
+class Job:
+    "What is run beside the settings of a stage."
+
+    device: str = "cpu"  # 'cpu' or 'cuda'
+    processes: int = 1  # that share a batch
+    num_images: int = 8  # of a batch in generation
+    names: tuple[int, int] = NAMES  # how many scenes and objects
+    diffusion: str | Path | None = None  # None: what belongs to the backbone
+
+    def diffusion_of(self, config: UnderstandingConfig) -> str | Path:
+        "The diffusion model that is used."
+        return self.diffusion or ("mini" if config.backbone == "mini" else SD)
 
 
 @contextmanager
-def _fake(dtype=torch.float32):
-    "Tensors without memory, new weights in `dtype`."
+def fake_tensors(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    "While inside, tensors have no memory, and new weights this type."
     before = torch.get_default_dtype()
+
+    def untouched(tensor, *args, **kwargs):  # it looks at values, which are not there
+        return tensor
+
     try:
         torch.set_default_dtype(dtype)
-        with (
-            patch("torch.nn.init.trunc_normal_", lambda t, *args, **kwargs: t),
-            FakeTensorMode(allow_non_fake_inputs=True),
-        ):
-            yield  # it looks at values, which are not there
+        look_away = patch("torch.nn.init.trunc_normal_", untouched)
+        with look_away, FakeTensorMode(allow_non_fake_inputs=True):
+            yield
     finally:
         torch.set_default_dtype(before)
 
 
-def _weights(module):
-    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-
-
-def _measure(stage, config, diffusion, batch, passes, names, dtype):
-    "Part -> (parameters, bytes) of one stage in one precision."
-    rows, work = {}, 0
-    with _fake(dtype if dtype and stage == "generation" else torch.float32):
-        p = build_parts(config, None if stage == "understanding" else diffusion, names)
-        if stage == "generation":
-            gradients, work = generate_step(p, batch)
-            trained = 0
-        else:
-            text = (p.scene_text, p.object_text)
-            s = (
-                UnderstandingStage(p.encoder, config, *text)
-                if stage == "understanding"
-                else JointStage(
-                    p.encoder,
-                    p.mapper,
-                    p.retriever,
-                    p,
-                    config,
-                    dict(zip(("scene", "object"), text)),
-                )
-            )
-            trained = sum(q.numel() for q in s.parameters() if q.requires_grad)
-            vae_size = None if stage == "understanding" else config.vae_size
-            gradients, work = train_step(
-                s, lambda: random_batch(config, batch, vae_size, names), passes, dtype
-            )
-            if getattr(s, "bridge", None) is not None:
-                rows["bridge"] = sum(q.numel() for q in s.bridge.parameters()), _weights(s.bridge)
-        for n, m in p.modules().items():
-            rows[n] = sum(q.numel() for q in m.parameters()), _weights(m)
-    if stage != "generation" and config.ema_decay:
-        rows["average"] = 0, 8 * trained  # it, and what it takes the place of in validation
-    return {
-        **rows,
-        "optimiser": (2 * trained, 8 * trained),
-        "gradients": (trained, gradients),
-        "activations": (0, work),
-    }
-
-
 # %% ../../nbs/runs/estimate.ipynb #cell-23
-def estimate(
-    config="paper",
-    stages=None,
-    precisions=tuple(PRECISIONS),
-    diffusion=None,
-    names=(254, 409),
-    device=None,
-    processes=1,
-    num_images=8,
-    understanding_settings=None,
-    joint_settings=None,
-    **settings,
-):
-    """DataFrame, indexed by stage and part, of `parameters` and GB in each of `precisions` ('fp32', 'bf16') at the peak of one process. `config`: a preset's name with changes in `settings`, or
-    an `UnderstandingConfig` (stage 1) or `JointConfig` (stage 2, generation). `understanding_settings`, `joint_settings`: changes of a preset for one of the two alone, which go before `settings`.
-    `num_images`: of a batch in generation; `diffusion`: else what belongs to the backbone."""
-    given = not isinstance(config, str)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stages = stages or (
-        STAGES if not given else STAGES[1:] if isinstance(config, JointConfig) else STAGES[:1]
-    )
-    for kind, asked, known in (
-        ("stage", stages, STAGES),
-        ("precision", precisions, PRECISIONS),
-        ("device", [device], PROGRAM),
-    ):
-        if wrong := [a for a in asked if a not in known]:
-            raise ValueError(f"unknown {kind} {wrong[0]!r}; known: {', '.join(known)}")
-    if given and (settings or understanding_settings or joint_settings):
+def _size(module):
+    "Parameters, and bytes of parameters and buffers."
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(p.numel() for p in module.parameters()), sum(t.nbytes for t in tensors)
+
+
+def _measure_generation(config, job, dtype):
+    "Part -> (parameters, bytes) of generation."
+    with fake_tensors(dtype or torch.float32):
+        parts = build_parts(config, job.diffusion_of(config), job.names)
+        work = generate_step(parts, job.num_images)
+        rows = {name: _size(module) for name, module in parts.modules().items()}
+    return rows | dict(optimiser=(0, 0), gradients=(0, 0), activations=(0, work))
+
+
+def _stage_of(config, parts):
+    "The stage that trains these parts."
+    if isinstance(config, JointConfig):
+        return JointStage(parts.encoder, parts.mapper, parts.retriever, parts, config, parts.text)
+    return UnderstandingStage(parts.encoder, config, *parts.text.values())
+
+
+def _measure_training(config, job, dtype):
+    "Part -> (parameters, bytes) of a step of stage 1 or 2."
+    images, passes = split_batch(config.batch_size, config.micro_batch, job.processes)
+    joint = isinstance(config, JointConfig)
+    vae_side = config.vae_size if joint else None
+    with fake_tensors():
+        parts = build_parts(config, job.diffusion_of(config) if joint else None, job.names)
+        if joint and dtype and job.device == "cuda":
+            parts.unet.to(dtype)
+            parts.vae.to(dtype)
+        stage, side = _stage_of(config, parts), parts.encoder.config.image_size
+
+        def batch():
+            return random_batch(images, side, vae_side, job.names[1])
+
+        gradients, work = train_step(stage, batch, passes, dtype)
+        rows = {name: _size(module) for name, module in parts.modules().items()}
+        if getattr(stage, "bridge", None) is not None:
+            rows["bridge"] = _size(stage.bridge)
+        trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    if config.ema_decay:  # the average, and what it takes the place of in validation
+        rows["average"] = 0, 8 * trained
+    if job.processes > 1:  # the processes' buckets hold every gradient once more
+        rows["exchange"] = 0, 4 * trained
+    rows |= dict(optimiser=(2 * trained, 8 * trained), gradients=(trained, gradients))
+    return rows | dict(activations=(0, work))
+
+
+# %% ../../nbs/runs/estimate.ipynb #b1db12d4
+NO_MODELS = ("optimiser", "average", "gradients", "activations", "exchange", "program")
+
+
+def _columns(stage, config, job, precisions):
+    "The table of one stage: parameters, and GB in each precision."
+    measure = _measure_generation if stage == "generation" else _measure_training
+    columns = {}
+    for precision in precisions:
+        rows = measure(config, job, PRECISIONS[precision]) | dict(program=(0, PROGRAM[job.device]))
+        columns["parameters"] = {part: count for part, (count, _) in rows.items()}
+        columns[f"{precision} GB"] = {part: size / 1e9 for part, (_, size) in rows.items()}
+    table = pd.DataFrame(columns)
+    table.loc["all"] = table.sum()
+    models = table.index.difference([*NO_MODELS, "all"])
+    table.loc["all", "parameters"] = table.loc[models, "parameters"].sum()
+    return table.astype({"parameters": int})
+
+
+def _images(stage, config, job):
+    "Images at a time."
+    if stage == "generation":
+        return job.num_images
+    return split_batch(config.batch_size, config.micro_batch, job.processes)[0]
+
+
+def _check_known(**asked):
+    "Refuse stages, precisions and devices that there are not."
+    known = dict(stage=STAGES, precision=PRECISIONS, device=PROGRAM)
+    for kind, words in asked.items():
+        for word in words:
+            if word not in known[kind]:
+                raise ValueError(f"unknown {kind} {word!r}; known: {', '.join(known[kind])}")
+
+
+# %% ../../nbs/runs/estimate.ipynb #422af3d3
+def _config_class(stage):
+    return UnderstandingConfig if stage == "understanding" else JointConfig
+
+
+def _fields(cls):
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _given_config(config, stages, settings):
+    "A configuration that was given, for each stage."
+    if settings:
         raise ValueError(
-            "settings change a preset, given by its name; change a configuration itself: dataclasses.replace(config, ...)"
+            "settings change a preset, given by its name; "
+            "change a configuration itself: dataclasses.replace(config, ...)"
         )
-    if given and (
-        bad := [s for s in stages if isinstance(config, JointConfig) == (s == "understanding")]
-    ):
-        raise ValueError(
-            f"{type(config).__name__} is not the configuration of stage {bad[0]!r}, which takes {'UnderstandingConfig' if bad[0] == 'understanding' else 'JointConfig'}"
-        )
-    table, own = {}, _known(settings)
     for stage in stages:
-        kind, of_stage = (
-            (UnderstandingConfig, understanding_settings)
-            if stage == "understanding"
-            else (JointConfig, joint_settings)
-        )
-        c = (
-            config
-            if given
-            else kind.preset(
-                config, **{k: v for k, v in settings.items() if k in own[kind]} | (of_stage or {})
+        if type(config) is not _config_class(stage):
+            raise ValueError(
+                f"{type(config).__name__} is not the configuration of stage {stage!r}, "
+                f"which takes {_config_class(stage).__name__}"
             )
-        )
-        micro, passes = split_batch(c.batch_size, c.micro_batch, processes)
-        own_diffusion = diffusion or ("mini" if c.backbone == "mini" else SD)
-        columns = {}
-        for precision in precisions:
-            rows = _measure(
-                stage,
-                c,
-                own_diffusion,
-                num_images if stage == "generation" else micro,
-                passes,
-                names,
-                PRECISIONS[precision],
-            )
-            if processes > 1 and stage != "generation":
-                rows["exchange"] = (
-                    0,
-                    rows["optimiser"][1] / 2,
-                )  # the processes' buckets hold every gradient once more
-            rows["program"] = 0, PROGRAM[device]
-            columns[f"{precision} GB"] = {k: v[1] / 1e9 for k, v in rows.items()}
-        t = pd.DataFrame({"parameters": {k: v[0] for k, v in rows.items()}, **columns})
-        modules = [
-            k
-            for k in t.index
-            if k not in ("optimiser", "average", "gradients", "activations", "exchange", "program")
-        ]
-        t.loc["all"] = t.sum()
-        t.loc["all", "parameters"] = t.loc[modules, "parameters"].sum()
-        table[f"{stage}, {num_images if stage == 'generation' else micro} images"] = t.astype(
-            {"parameters": int}
-        )
-    out = pd.concat(table, names=["stage", "part"])
-    out.attrs = dict(
-        device=device, processes=processes, backbone=c.backbone, diffusion=own_diffusion
-    )
-    return out
+    return dict.fromkeys(stages, config)
 
 
-def _known(settings):
-    "Kind of configuration -> names of its settings; refuses names that none has."
-    own = {k: set(k.__dataclass_fields__) for k in (UnderstandingConfig, JointConfig)}
-    if wrong := [s for s in settings if s not in own[JointConfig]]:
-        JointConfig.preset("mini", **{wrong[0]: None})  # says which is nearest
-    return own
+def _preset_configs(name, stages, settings):
+    "The configurations of a preset, changed by what each stage knows of `settings`."
+    own = {stage: settings.pop(f"{stage}_settings", None) or {} for stage in STAGES[:2]}
+    own["generation"] = own["joint"]
+    unknown = set(settings) - _fields(JointConfig)
+    if unknown:
+        JointConfig.preset("mini", **{unknown.pop(): None})  # says which is nearest
+    configs = {}
+    for stage in stages:
+        cls = _config_class(stage)
+        common = {k: v for k, v in settings.items() if k in _fields(cls)}
+        configs[stage] = cls.preset(name, **common | own[stage])
+    return configs
+
+
+# %% ../../nbs/runs/estimate.ipynb #9c4f5c79
+def estimate(
+    config: str | UnderstandingConfig | JointConfig = "paper",  # a preset's name, or settings
+    stages: Iterable[str] | None = None,  # of `STAGES`; None: all that `config` is for
+    precisions: Iterable[str] = tuple(PRECISIONS),
+    device: str | None = None,  # 'cpu' or 'cuda'; None: as found
+    **settings,  # fields of `Job`; of a preset its settings, (understanding|joint)_settings={...}
+) -> pd.DataFrame:  # indexed by stage and part: parameters, and GB in each precision
+    "Memory at the peak of one process."
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not stages:
+        kind = {UnderstandingConfig: STAGES[:1], JointConfig: STAGES[1:]}
+        stages = kind.get(type(config), STAGES)
+    _check_known(stage=stages, precision=precisions, device=[device])
+    of_job = {name: settings.pop(name) for name in _fields(Job) & set(settings)}
+    job = Job(**of_job, device=device)
+    make = _preset_configs if isinstance(config, str) else _given_config
+    configs = make(config, stages, settings)
+    tables = {
+        f"{stage}, {_images(stage, own, job)} images": _columns(stage, own, job, precisions)
+        for stage, own in configs.items()
+    }
+    table = pd.concat(tables, names=["stage", "part"])
+    last = configs[tuple(configs)[-1]]
+    about = dict(backbone=last.backbone, diffusion=job.diffusion_of(last))
+    table.attrs = dict(about, device=device, processes=job.processes)
+    return table

@@ -52,6 +52,12 @@ class StageResult:
         write_file(folder / "history.jsonl", history.to_json(orient="records", lines=True))
         write_file(folder / "metrics.json", json.dumps(self.metrics, indent=1))
 
+    def leave(self):
+        "Wait for all processes; where there are several, leave their group."
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.world > 1:
+            self.trainer.close()
+
 
 # %% ../../nbs/train/results.ipynb #e9f33f17
 def run_stage(
@@ -81,5 +87,4 @@ def run_stage(
     result = StageResult(stage, trainer, best_step, found, metrics)
     if folder:
         result.save(folder)
-    trainer.accelerator.wait_for_everyone()
     return result

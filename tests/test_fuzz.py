@@ -3,6 +3,7 @@
 import os
 
 import fuzz
+import fuzz_weights  # noqa: F401 - its kinds join those of `fuzz`
 import pytest
 
 NUMBER = int(os.environ.get("UNIEMO_FUZZ", 1000))

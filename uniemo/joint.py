@@ -326,11 +326,12 @@ def train_joint(  # noqa: PLR0913 - the one door of stage 2
     if not isinstance(encoder, ExpertQueryModel):
         encoder = ExpertQueryModel.from_pretrained(encoder)
     _check_labels(splits, encoder)
+    # before the diffusion model is loaded, as in published runs: loading draws, too
+    torch.manual_seed(config.seed)
     diffusion = open_diffusion(diffusion)
     if not isinstance(text, dict):
         text = name_features(text or config.backbone, splits.names, config.template)
     retriever = build_retriever(splits, text, config)
-    torch.manual_seed(config.seed)
     width = encoder.config.backbone_config.hidden_size
     token = diffusion.text_encoder.get_input_embeddings().embedding_dim
     fuse = PseudoWordMapper(width, token, **(mapper or {}))

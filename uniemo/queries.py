@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
-from .backbones import FAMILIES, Backbone
+from .backbones import FAMILIES, Backbone, check_normalisation
 from .emotions import MIKELS
 from .files.weights import NO_WRAPPERS, load_pretrained
 
@@ -170,6 +170,9 @@ class ExpertQueryConfig(PretrainedConfig):
                 f"{self.num_classes} classes need {self.num_classes} class_names, "
                 f"not {len(names)}: {names}"
             )
+        if not 0 <= self.head_dropout < 1:
+            raise ValueError(f"head_dropout is a share below 1, not {self.head_dropout}")
+        check_normalisation(self.image_mean, self.image_std)
         layers = getattr(self.backbone_config, "num_hidden_layers", 0)
         if not 0 <= layers <= MOST:
             raise ValueError(f"a backbone of {layers} layers; no vision transformer has them")

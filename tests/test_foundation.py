@@ -1,182 +1,180 @@
-"The shipped foundation models, and the tokenizer with Stable Diffusion's own vocabulary."
+"The shipped models, and the tokenizer with Stable Diffusion's own vocabulary."
 
 import gzip
-import json
+import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, files
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from uniemo import foundation as f
-from uniemo.mini.world import OBJECT_NAMES, SCENE_NAMES, WORLD_VERSION, draw_spec, paint
-
-shipped = pytest.mark.skipif(
-    not (f.files("uniemo") / "assets/mini/manifest.json").is_file(),
-    reason="no mini models in this checkout: run `make pretrain`",
+from uniemo.files.shipped import check_manifest, read_manifest, shipped_folder
+from uniemo.mini.autoencoder import vae_scores
+from uniemo.mini.clip import clip_scores, load_clip, retrieve_names, shift_patches
+from uniemo.mini.diffusion import (
+    SCHEDULE,
+    balanced_prompts,
+    build_unet,
+    diffusion_pipeline,
+    load_diffusion,
+    save_diffusion,
 )
+from uniemo.mini.splits import paint_neutral
+from uniemo.mini.tokens import PLACEHOLDER, build_tokenizer
+from uniemo.mini.truth import OBJECT_NAMES, SCENE_NAMES, WORLD_VERSION
 
 
 @pytest.fixture(scope="session")
 def held_out():
-    return paint([draw_spec(4711, i, neutral=True) for i in range(400)], workers=1, progress=False)
+    return paint_neutral(4711, 400)
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    pipe = load_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")
 def real_tokenizer():
-    "Stable Diffusion's tokenizer, made from the merges that open_clip_torch ships (the file is read, the package not imported)."
+    "Stable Diffusion's tokenizer, made from the merges that open_clip_torch ships."
     try:
-        path = next(
-            p for p in files("open_clip_torch") if p.name == "bpe_simple_vocab_16e6.txt.gz"
-        ).locate()
+        name = "bpe_simple_vocab_16e6.txt.gz"
+        path = next(p for p in files("open_clip_torch") if p.name == name).locate()
     except PackageNotFoundError:
         pytest.skip("open_clip_torch is not installed: it ships CLIP's vocabulary")
-    merges = [
-        tuple(line.split())
-        for line in gzip.open(path, "rt", encoding="utf-8")
-        .read()
-        .split("\n")[1 : 49152 - 256 - 2 + 1]
-    ]
-    letters = (
-        list(range(ord("!"), ord("~") + 1))
-        + list(range(ord("¡"), ord("¬") + 1))
-        + list(range(ord("®"), ord("ÿ") + 1))
-    )
-    letters = [chr(b) for b in letters] + [chr(256 + k) for k in range(256 - len(letters))]
-    tokens = (
-        letters
-        + [c + "</w>" for c in letters]
-        + ["".join(m) for m in merges]
-        + ["<|startoftext|>", "<|endoftext|>"]
-    )
-    return CLIPTokenizer(
-        vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77
-    )
+    lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    spans = ("!~", "¡¬", "®ÿ")
+    codes = [code for a, b in spans for code in range(ord(a), ord(b) + 1)]
+    letters = [chr(code) for code in codes]
+    letters += [chr(256 + k) for k in range(256 - len(letters))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: k for k, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+# ---- tokens
 
 
 def test_placeholder_is_one_token_of_the_real_vocabulary(real_tokenizer):
     assert len(real_tokenizer) == 49408
-    assert real_tokenizer("a photo of a dog").input_ids == [
-        49406,
-        320,
-        1125,
-        539,
-        320,
-        1929,
-        49407,
-    ]  # CLIP's own ids
+    # CLIP's own ids
+    ids = [49406, 320, 1125, 539, 320, 1929, 49407]
+    assert real_tokenizer("a photo of a dog").input_ids == ids
     assert len(real_tokenizer.tokenize("<emotion>")) > 1
-    real_tokenizer.add_tokens([f.PLACEHOLDER])
-    assert (
-        real_tokenizer("<emotion> bag").input_ids[1] == 49408
-        and len(real_tokenizer.tokenize("<emotion> bag")) == 2
-    )
+    real_tokenizer.add_tokens([PLACEHOLDER])
+    assert real_tokenizer("<emotion> bag").input_ids[1] == 49408
+    assert len(real_tokenizer.tokenize("<emotion> bag")) == 2
 
 
 def test_every_name_is_whole_words(tmp_path):
-    tokenizer = f.build_tokenizer(tmp_path)
+    tokenizer = build_tokenizer(tmp_path)
     for name in SCENE_NAMES + OBJECT_NAMES:
-        assert tokenizer.tokenize(name) == [w + "</w>" for w in name.split()]
-    assert (
-        tokenizer.decode(tokenizer("castle 42!").input_ids, skip_special_tokens=True).replace(
-            " ", ""
-        )
-        == "castle42!"
-    )
+        assert tokenizer.tokenize(name) == [word + "</w>" for word in name.split()]
+    ids = tokenizer("castle 42!").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "castle42!"
 
 
-def test_mirrored_and_shifted_labels_follow_the_pixels(tmp_path, held_out, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        f,
-        "image_embeds",
-        lambda clip, x: (
-            seen.update(x=x) or (torch.zeros(len(x), 128), torch.zeros(len(x), 64, 128))
-        ),
-    )
-    monkeypatch.setattr(
-        f.F,
-        "cross_entropy",
-        lambda a, b: (
-            seen.update(patches=b)
-            if b.dtype == torch.int64 and len(b) == 64 * 8
-            else torch.zeros(())
-        ),
-    )
-    tokenizer = f.build_tokenizer(tmp_path)
-    clip = f.build_clip(tokenizer)
-    position = dict(
-        held_out,
-        images=np.broadcast_to(
-            (np.arange(64) // 8)[None, :, None, None] * 8
-            + (np.arange(64) // 8)[None, None, :, None],
-            (400, 64, 64, 3),
-        ).astype(np.uint8),
-        patches=np.broadcast_to(np.arange(64), (400, 64)).astype(np.int8),
-    )
-    for seed in range(8):  # pixels and labels both hold the number of the patch that they came from
-        with pytest.raises(
-            TypeError
-        ):  # the patched loss returns nothing for the patches: that is where it ends
-            f.clip_loss(
-                clip, tokenizer, position, np.arange(8), np.random.default_rng(seed), noise=0
-            )
-        number = ((seen["x"][:, 0] + 1) * 127.5).round().long().reshape(8, 8, 8, 8, 8)
-        assert (number == number[:, :, :1, :, :1]).all() and (
-            number[:, :, 0, :, 0].flatten() == seen["patches"]
-        ).all()
+def test_mirrored_and_shifted_labels_follow_the_pixels():
+    "Pixels and labels both hold the number of the patch that they came from."
+    numbers = torch.arange(64)
+    picture = numbers.view(8, 8).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    images = picture[None, :, :, None].expand(4, 64, 64, 3).byte()
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        shifted, labels = shift_patches(images, numbers.expand(4, 64), rng)
+        cells = shifted[..., 0].unflatten(1, (8, 8)).unflatten(3, (8, 8))
+        assert (cells == cells[:, :, :1, :, :1]).all()
+        assert (cells[:, :, 0, :, 0].flatten(1) == labels).all()
 
 
-@shipped
+# ---- what ships
+
+
 def test_manifest_names_every_file_and_all_is_small():
-    assert f.check_manifest() == []
-    folder = f.mini_folder()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    listed = {p for entry in manifest.values() for p in entry["sha256"]}
-    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {
-        "manifest.json"
-    }
-    assert listed == there and sum((folder / p).stat().st_size for p in there) < 25e6
+    assert check_manifest() == []
+    folder, manifest = shipped_folder(), read_manifest()
+    listed = {name for entry in manifest.values() for name in entry["sha256"]}
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert listed == there - {"manifest.json"}
+    assert sum((folder / name).stat().st_size for name in listed) < 25e6
     assert all(entry["world"] == WORLD_VERSION for entry in manifest.values())
 
 
-@shipped
+def test_what_ships_names_no_place_on_the_machine_that_made_it():
+    kinds = (".json", ".csv", ".txt", ".md")
+    texts = [p for p in shipped_folder().parent.rglob("*") if p.suffix in kinds]
+    assert len(texts) > 10
+    place = re.compile(r'"(/\w|[A-Z]:\\)[^"]*"')
+    assert [p.name for p in texts if place.search(p.read_text(encoding="utf-8"))] == []
+
+
 def test_shipped_clip_names_scene_and_object(held_out):
-    scores = f.clip_scores(*f.load_clip(), held_out)
+    scores = clip_scores(*load_clip(), held_out)
     assert scores["scene"] >= 0.95 and scores["object"] >= 0.85
 
 
-@shipped
-def test_shipped_autoencoder_keeps_the_object(held_out):
-    pipe, (clip, tokenizer) = f.load_diffusion(), f.load_clip()
-    scores = f.vae_scores(pipe.vae, clip, tokenizer, held_out)
+def test_shipped_autoencoder_keeps_the_object(pipe, held_out):
+    scores = vae_scores(pipe.vae, *load_clip(), held_out)
     assert scores["mae"] <= 0.03 and scores["object_ratio"] >= 0.95
 
 
-@shipped
-def test_shipped_pipeline_is_the_trained_sampler(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pipe, (clip, tokenizer) = f.load_diffusion(), f.load_clip()
-    pipe.set_progress_bar_config(disable=True)
-    prompts, scene, obj = f.balanced_prompts(32, seed=5)
+def named_rightly(pipe, **sampling):
+    "Shares of scenes and objects that the mini CLIP finds in what a pipeline paints."
+    prompts, scene, named = balanced_prompts(32, seed=5)
     generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    images = pipe(
-        prompts, num_inference_steps=25, guidance_scale=4.0, generator=generators, output_type="pt"
-    ).images
-    s, o = f.retrieve_names(clip, tokenizer, images * 2 - 1)
-    assert (
-        (s == scene).mean() > 0.5 and (o == obj).mean() > 0.3
-    )  # far above 1/16 and 1/24: scheduler, scale and conditioning fit; the score itself is the experiment's
+    how = dict(guidance_scale=4.0, generator=generators, output_type="pt")
+    images = pipe(prompts, **how, **sampling).images
+    found = retrieve_names(*load_clip(), images * 2 - 1)
+    return (found[0] == scene).mean(), (found[1] == named).mean()
 
 
-def test_what_ships_names_no_place_on_the_machine_that_made_it():
-    import re
+def test_shipped_pipeline_is_the_trained_sampler(pipe, monkeypatch):
+    "Far above 1/16 and 1/24: scheduler, scale and conditioning fit."
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    scene, named = named_rightly(pipe, num_inference_steps=25)
+    assert scene > 0.5 and named > 0.3
 
-    texts = [
-        p for p in f.mini_folder().parent.rglob("*") if p.suffix in (".json", ".csv", ".txt", ".md")
-    ]
-    assert len(texts) > 10
-    assert [
-        p.name for p in texts if re.search(r'"(/\w|[A-Z]:\\)[^"]*"', p.read_text(encoding="utf-8"))
-    ] == []
+
+@pytest.mark.parametrize("kind, steps", [(DDIMScheduler, 20), (DDPMScheduler, 60)])
+def test_samplers_made_from_the_shipped_scheduler_paint_as_well(pipe, kind, steps):
+    "Latents are not bounded as images are: clipped at every step they give washed-out pictures."
+    assert pipe.scheduler.config.clip_sample is False
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.scheduler = kind.from_config(pipe.scheduler.config)
+    other.set_progress_bar_config(disable=True)
+    scene, named = named_rightly(other, num_inference_steps=steps)
+    assert scene > 0.5 and named > 0.3
+
+
+def test_what_is_saved_clips_no_latents(pipe, tmp_path):
+    clip, tokenizer = load_clip()
+    save_diffusion(build_unet(), pipe.vae, clip, tokenizer, tmp_path)
+    again = load_diffusion(tmp_path)
+    assert DDIMScheduler.from_config(again.scheduler.config).config.clip_sample is False
+    made = diffusion_pipeline(pipe.unet, pipe.vae, pipe.text_encoder, tokenizer)
+    ours, theirs = (dict(p.scheduler.config) for p in (made, again))
+    assert {k: ours[k] for k in SCHEDULE} == {k: theirs[k] for k in SCHEDULE}
+
+
+QUIET = """
+import tempfile
+from uniemo.mini.clip import load_clip, save_clip
+from uniemo.mini.diffusion import load_diffusion, save_diffusion
+pipe, (clip, tokenizer) = load_diffusion(), load_clip()
+save_clip(clip, tokenizer, tempfile.mkdtemp())
+save_diffusion(pipe.unet, pipe.vae, clip, tokenizer, tempfile.mkdtemp())
+"""
+
+
+def test_shipped_models_load_and_are_saved_without_a_word():
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""

@@ -2,14 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
-from uniemo import foundation, runs
-
-shipped = pytest.mark.skipif(
-    not (foundation.files("uniemo") / "assets/mini/manifest.json").is_file(),
-    reason="no mini models in this checkout: run `make pretrain`",
-)
+from uniemo import runs
+from uniemo.files.shipped import check_manifest
+from uniemo.mini.autoencoder import AutoencoderStage, build_vae, only_decoder
+from uniemo.mini.clip import ClipStage, build_clip, clip_config, load_clip
+from uniemo.mini.diffusion import load_diffusion
+from uniemo.mini.shipping import ship
+from uniemo.mini.splits import paint_neutral
+from uniemo.mini.tokens import build_tokenizer
+from uniemo.train.config import TrainConfig
+from uniemo.train.trainer import Trainer
 
 
 def run(name, tmp_path, **params):
@@ -18,38 +24,62 @@ def run(name, tmp_path, **params):
     return done
 
 
-@shipped
+@pytest.fixture(scope="session")
+def data():
+    return paint_neutral(3, 32)
+
+
+def trained_clip(data, tmp_path, until=None, folder=None):
+    "Weights of a mini CLIP after six steps, or of one that went on after `until`."
+    tokenizer = build_tokenizer(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    stage = ClipStage(build_clip(tokenizer), tokenizer)
+    config = clip_config(6, batch_size=8, save_every=2, eval_every=6)
+    Trainer(stage, config, data, data, folder, progress=False).fit(until=until)
+    return stage.state_dict()
+
+
+def test_pre_training_that_was_broken_off_goes_on_exactly(data, tmp_path):
+    whole = trained_clip(data, tmp_path)
+    trained_clip(data, tmp_path, until=4, folder=tmp_path / "broken")
+    resumed = trained_clip(data, tmp_path, folder=tmp_path / "broken")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_an_autoencoder_stops_early_and_its_decoder_goes_on(data):
+    torch.manual_seed(0)
+    vae, images = build_vae(), dict(images=data["images"])
+    config = TrainConfig(steps=6, batch_size=8, eval_every=3)
+    first = Trainer(AutoencoderStage(vae), config, images, images, progress=False)
+    assert first.fit(until=3).step == 3
+    errors = [row["mae"] for row in first.history if row["split"] == "valid"]
+    assert np.isfinite(errors).all() and len(errors) == 1
+    encoder = {k: v.clone() for k, v in vae.encoder.state_dict().items()}
+    decoder = vae.decoder.conv_in.weight.clone()
+    clip, _ = load_clip()
+    stage = AutoencoderStage(only_decoder(vae), clip.requires_grad_(False), mirror=False)
+    Trainer(stage, config, images, progress=False).fit()
+    assert all(torch.equal(v, encoder[k]) for k, v in vae.encoder.state_dict().items())
+    assert not torch.equal(vae.decoder.conv_in.weight, decoder)
+
+
 def test_tour(tmp_path, run_again):
     done = run(run_again("tour"), tmp_path, num_images=80, num_samples=8, steps=3, workers=1)
     summary = json.loads((done.dir / "summary.json").read_text())
     assert summary["problems"] == 0 and summary["clip_object"] > 0.85
-    assert {p.name for p in (done.dir / "figures").iterdir()} >= {
-        "world.png",
-        "bayes.png",
-        "painted.png",
-    }
+    figures = {p.name for p in (done.dir / "figures").iterdir()}
+    assert figures >= {"world.png", "bayes.png", "painted.png"}
 
 
-@shipped
 def test_pretraining(tmp_path):
-    clip = run(
-        "pretrain_clip",
-        tmp_path,
-        num_images=64,
-        num_validation=32,
-        steps=2,
-        batch_size=8,
-        eval_every=2,
-        workers=1,
-    )
-    model, tokenizer = foundation.load_clip(clip.dir / "clip")
+    tiny = dict(num_images=64, num_validation=32, eval_every=2, workers=1)
+    clip = run("pretrain_clip", tmp_path, steps=2, batch_size=8, **tiny)
+    _, tokenizer = load_clip(clip.dir / "clip")
     assert tokenizer.tokenize("<emotion>") == ["<emotion>"]
     diffusion = run(
         "pretrain_diffusion",
         tmp_path,
         clip_folder=str(clip.dir / "clip"),
-        num_images=64,
-        num_validation=32,
         vae_steps=2,
         vae_stop=1,
         vae_batch_size=2,
@@ -58,16 +88,12 @@ def test_pretraining(tmp_path):
         decoder_steps=1,
         num_samples=4,
         num_prompts=4,
-        eval_every=2,
-        workers=1,
+        **tiny,
     )
-    assert foundation.load_diffusion(diffusion.dir / "diffusion").unet.config.sample_size == 16
-    entry = foundation.ship(diffusion.dir, "diffusion", tmp_path / "shipped")
-    assert (
-        entry["parameters"]["unet_steps"] == 2
-        and foundation.check_manifest(tmp_path / "shipped") == []
-    )
-    losses = [
-        json.loads(line) for line in (diffusion.dir / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert {row.get("part") for row in losses} >= {"vae", "unet", "decoder"}
+    assert load_diffusion(diffusion.dir / "diffusion").unet.config.sample_size == 16
+    entry = ship(diffusion.dir, "diffusion", tmp_path / "shipped")
+    assert entry["parameters"]["unet_steps"] == 2
+    assert check_manifest(tmp_path / "shipped") == []
+    lines = (diffusion.dir / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line).get("part") for line in lines} >= {"vae", "unet", "decoder"}
+    assert list((diffusion.dir / "figures").glob("samples_*.png"))

@@ -1,5 +1,9 @@
-"""The coefficient table from its three sources, and retrieval: truth of the mini world, EmoGen's real files, the paper's released numbers."""
+"""The coefficient table from its three sources, and retrieval.
 
+Truth of the mini world, EmoGen's real files, the paper's released numbers.
+"""
+
+import json
 import os
 import pickle
 import warnings
@@ -9,17 +13,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch.autograd import gradcheck
 
-from uniemo import mini
-from uniemo.correlation import KINDS, RETRIEVALS, CorrelationTable, Retriever, retrieval_accuracy
-from uniemo.data.sets import EmoSet, EmotionFolder, EmotionTable, eval_transform
+from uniemo import correlation, mini
+from uniemo.correlation import (
+    KINDS,
+    RETRIEVALS,
+    AttributeRetriever,
+    CorrelationTable,
+    retrieval_accuracy,
+)
+from uniemo.data.emoset import EmoSet
+from uniemo.data.folders import EmotionFolder
+from uniemo.data.tables import EmotionTable
+from uniemo.data.transforms import eval_transform
 from uniemo.emotions import MIKELS
 from uniemo.files.emogen import load_emogen
 from uniemo.files.pickles import RefusedFile
 from uniemo.files.uniemo import load_uniemo
+from uniemo.files.weights import WeightsError
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 real = pytest.mark.skipif(
@@ -50,7 +64,10 @@ def world(tmp_path_factory):
 
 def random_table(scenes, objects, seed=0):
     rng = np.random.default_rng(seed)
-    rows = lambda names: {n: rng.dirichlet(np.ones(8)) for n in names}
+
+    def rows(names):
+        return {n: rng.dirichlet(np.ones(8)) for n in names}
+
     return CorrelationTable(rows(scenes), rows(objects))
 
 
@@ -77,7 +94,7 @@ def test_counts_of_a_data_set(world):
 
 
 def test_frequent_emotions_do_not_win():
-    "Ten times as many images of awe, a sea in half of each: the sea speaks for both alike, and so does what was never seen."
+    "Ten times as many images of awe, a sea in half of each: the sea speaks for both alike."
     notes = pd.DataFrame(dict(emotion=["awe"] * 200 + ["fear"] * 20, scene=["sea", None] * 110))
     table = CorrelationTable.from_annotations(
         notes, emotions=("awe", "fear"), scene_names=["sea", "moon"]
@@ -136,7 +153,7 @@ def test_a_missing_emotion_is_said(world):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_4000_images_against_the_truth(seed):
-    """All true entries of a row but two are equal, so a rank correlation of all digits is one of noise; in tenths, about what so many images tell apart, it is 0.99."""
+    "True entries but two are equal, so ranks of all digits are noise; in tenths they are 0.99."
     truth = CorrelationTable(*(p.div(p.sum(axis=1), axis=0) for p in map(mini.true_table, KINDS)))
     specs = [mini.draw_spec(seed, i, emotion=MIKELS.names[i % 8]) for i in range(4000)]
     notes = pd.DataFrame(
@@ -216,6 +233,9 @@ def test_logits_are_no_probabilities():
 def test_real_emogen():
     files = load_emogen(SHARED / "real/emogen")
     table = CorrelationTable.from_emogen(files.coefficients)
+    for source in (SHARED / "real/emogen", str(SHARED / "real/emogen"), files):
+        other = CorrelationTable.from_emogen(source)
+        pd.testing.assert_frame_equal(other.to_pandas(), table.to_pandas(), check_exact=True)
     assert (
         len(table.names("scene")) == 254
         and len(table.names("object")) == 409
@@ -231,7 +251,7 @@ def test_real_emogen():
     )
     both = {n for n in table.names("scene") if ("object", n) in table}
     assert len(both) == 8
-    joint = Retriever(table, torch.randn(254, 16), torch.randn(409, 16), "mapped")
+    joint = AttributeRetriever(table, torch.randn(254, 16), torch.randn(409, 16), "mapped")
     assert len(joint.names("scene")) == 655  # as many as their own joint list
     place = joint.names("scene").index("castle")
     assert torch.equal(joint.rows("scene")[1][place], table["object", "castle"])
@@ -301,7 +321,9 @@ def test_a_file_with_other_columns_is_put_in_order(tmp_path):
     assert there.emotions == [MIKELS.names[i] for i in shuffled]
     assert torch.equal(there.reorder(MIKELS).matrix("scene"), table.matrix("scene"))
     q, e = torch.randn(7, 6), torch.arange(7)
-    right, wrong = (Retriever(t, torch.eye(6)[:3], torch.eye(6)[3:5]) for t in (table, there))
+    right, wrong = (
+        AttributeRetriever(t, torch.eye(6)[:3], torch.eye(6)[3:5]) for t in (table, there)
+    )
     assert not torch.equal(wrong(q, q, e).alpha_scene, right(q, q, e).alpha_scene)
     right.check_emotions(MIKELS)
     assert torch.equal(wrong.reorder(MIKELS)(q, q, e).alpha_scene, right(q, q, e).alpha_scene)
@@ -311,7 +333,7 @@ def test_a_file_with_other_columns_is_put_in_order(tmp_path):
         with pytest.raises(ValueError, match="has the emotions amusement.*wanted are awe, joy"):
             which.reorder(("awe", "joy"))
     wrong.reorder(MIKELS).save_pretrained(tmp_path / "r")
-    back = Retriever.from_pretrained(tmp_path / "r")
+    back = AttributeRetriever.from_pretrained(tmp_path / "r")
     back.check_emotions(MIKELS)
     assert torch.equal(back.scene_table, right.scene_table)
 
@@ -321,7 +343,7 @@ def test_a_file_with_other_columns_is_put_in_order(tmp_path):
 
 @pytest.mark.parametrize("retrieval", RETRIEVALS)
 def test_batch_equals_one_by_one(retrieval):
-    r = Retriever(
+    r = AttributeRetriever(
         random_table("abcde", "efgh"), torch.randn(5, 6), torch.randn(4, 6), retrieval, 0.1
     )
     q, k, e = torch.randn(7, 6), torch.randn(7, 6), torch.arange(7)
@@ -332,15 +354,19 @@ def test_batch_equals_one_by_one(retrieval):
 
 @pytest.mark.parametrize("retrieval", RETRIEVALS)
 def test_a_mixture_of_one_is_a_label(retrieval):
-    r = Retriever(random_table("abcde", "efgh"), torch.randn(5, 6), torch.randn(4, 6), retrieval)
+    r = AttributeRetriever(
+        random_table("abcde", "efgh"), torch.randn(5, 6), torch.randn(4, 6), retrieval
+    )
     q, e = torch.randn(7, 6), torch.arange(7)
     torch.testing.assert_close(r(q, q, e), r(q, q, torch.eye(8)[e]))
 
 
 def test_only_soft_has_a_gradient():
-    make = lambda kind: Retriever(
-        random_table("abcde", "efgh"), torch.randn(5, 6), torch.randn(4, 6), kind, 0.5
-    ).double()
+    def make(kind):
+        return AttributeRetriever(
+            random_table("abcde", "efgh"), torch.randn(5, 6), torch.randn(4, 6), kind, 0.5
+        ).double()
+
     e = torch.tensor([1, 5])
     q = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     soft = make("soft")
@@ -352,11 +378,11 @@ def test_only_soft_has_a_gradient():
 
 
 def test_saved_and_loaded_in_half_precision(tmp_path):
-    r = Retriever(
+    r = AttributeRetriever(
         random_table("abcde", "efgh"), torch.randn(5, 6), torch.randn(4, 6), "mapped", 0.1
     )
     r.save_pretrained(tmp_path)
-    back = Retriever.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    back = AttributeRetriever.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert (
         back.dtype == torch.float16
         and back.names("object") == r.names("object")
@@ -384,7 +410,7 @@ def test_mapped_as_released():
             {n: rows[n] for n in names[:cut]}, {n: rows[n] for n in names[cut:]}
         )
         text = v["fusion.in.attribute_features"]
-        found = Retriever(table, text[:cut], text[cut:], "mapped")(
+        found = AttributeRetriever(table, text[:cut], text[cut:], "mapped")(
             files.mapper_scene(out.scene_features),
             files.mapper_object(out.object_features),
             v["fusion.in.label"],
@@ -397,6 +423,74 @@ def test_mapped_as_released():
 
 
 def test_accuracy_where_nobody_has_one():
-    r = Retriever(random_table("ab", "c"), torch.randn(2, 3), torch.randn(1, 3))
+    r = AttributeRetriever(random_table("ab", "c"), torch.randn(2, 3), torch.randn(1, 3))
     found = r(torch.randn(2, 3), None, torch.tensor([0, 1]))
     assert np.isnan(retrieval_accuracy(r, found, torch.tensor([-1, -1]))["scene"])
+
+
+# ---- files that are not whole
+
+
+def saved(tmp_path):
+    table = random_table("abcde", "efgh")
+    AttributeRetriever(table, torch.randn(5, 6), torch.randn(4, 6)).save_pretrained(tmp_path)
+    return next(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["scene_table", "object_features"])
+def test_a_retriever_without_a_tensor_is_refused(name, tmp_path):
+    path = saved(tmp_path)
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if k != name}, path, {"format": "pt"})
+    with pytest.raises(WeightsError, match=f"incomplete.*{name}"):
+        AttributeRetriever.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.full((5, 8), torch.nan), torch.ones(4, 8) / 8])
+def test_a_table_that_is_not_finite_or_of_another_shape_is_refused(value, tmp_path):
+    path = saved(tmp_path)
+    save_file(load_file(path) | dict(scene_table=value), path, {"format": "pt"})
+    with pytest.raises(WeightsError, match="scene_table"):
+        AttributeRetriever.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_calls_it_by_its_old_name(tmp_path):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["_class_name"] == "AttributeRetriever"
+    config["_class_name"] = "Retriever"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert correlation.Retriever is AttributeRetriever
+    assert len(AttributeRetriever.from_pretrained(tmp_path).names("scene")) == 5
+
+
+@pytest.mark.parametrize("text", ["", "kind,name,awe\nscene,sea,x\n", "kind,name,awe\nscene,sea,"])
+def test_a_table_file_that_is_not_whole_names_itself(text, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match="t.csv is no whole table.*save the table again"):
+        CorrelationTable.load(tmp_path / "t.csv")
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    table = random_table("ab", "c")
+    table.save(tmp_path / "t.csv")
+    text = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8-sig")
+    assert len(CorrelationTable.load(tmp_path / "t.csv")) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
+def test_on_a_gpu(retrieval):
+    r = AttributeRetriever(
+        random_table("abcde", "efgh"), torch.randn(5, 6), torch.randn(4, 6), retrieval
+    ).cuda()
+    q, e = torch.randn(7, 6).cuda(), torch.arange(7)
+    found = r(q, q, e)
+    assert found.alpha_scene.is_cuda and torch.equal(found.alpha_scene, r(q, q, e.cuda())[0])
+    assert retrieval_accuracy(r, found, torch.zeros(7, dtype=torch.long))["scene"] >= 0
+    assert len(r.table) == 9 and r.reorder(MIKELS.names[::-1]).scene_table.is_cuda
+    table = CorrelationTable.from_classifier(
+        Brightness().cuda(), {("scene", "sea"): torch.zeros(2, 3, 4, 4, device="cuda")}
+    )
+    assert len(table) == 1

@@ -26,7 +26,7 @@ from uniemo.feedback import (
     understanding,
 )
 from uniemo.joint import JointConfig, flip_together
-from uniemo.mini.world import write_emoset
+from uniemo.mini.writing import write_emoset
 from uniemo.runs import RunFailed, start
 from uniemo.runs.store import Store
 from uniemo.train.batches import MemoryData
@@ -142,11 +142,11 @@ def test_nothing_kept_says_so(tmp_path):
 
 def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
     "Stopped after two of four steps and resumed from the checkpoint: bit for bit the unbroken run."
-    from uniemo.correlation import CorrelationTable, Retriever
+    from uniemo.correlation import CorrelationTable, AttributeRetriever
     from uniemo.feedback import load_world, name_tensors, vae_pixels
     from uniemo.fusion import PseudoWordMapper
     from uniemo.joint import JointStage, cache_latents
-    from uniemo.mini.foundation import load_diffusion
+    from uniemo.mini.diffusion import load_diffusion
     from uniemo.queries import ExpertQueryModel
 
     world, pipe = load_world(DATA), load_diffusion()
@@ -164,7 +164,7 @@ def test_joint_training_resumes_to_the_same_weights(trained, tmp_path):
         stage = JointStage(
             ExpertQueryModel.from_pretrained(trained[0] / "model"),
             PseudoWordMapper(128, 128),
-            Retriever(table, text["scene"], text["object"]),
+            AttributeRetriever(table, text["scene"], text["object"]),
             pipe.unet,
             pipe.text_encoder,
             pipe.tokenizer,
@@ -226,7 +226,7 @@ def test_each_network_reads_a_photograph_at_its_own_size(tmp_path, monkeypatch):
     from uniemo.data.emoset import EmoSet
     from uniemo.data.transforms import eval_transform
     from uniemo.files.shipped import shipped_folder
-    from uniemo.mini.foundation import load_clip
+    from uniemo.mini.clip import load_clip
     from uniemo.queries import ExpertQueryModel
 
     small = tmp_path / "clip"
@@ -471,7 +471,7 @@ def test_baselines_leave_out_emotions_without_photographs(tmp_path):
 
 def test_a_caption_that_is_too_long_drops_objects():
     from uniemo.joint import _caption
-    from uniemo.mini.foundation import load_diffusion
+    from uniemo.mini.diffusion import load_diffusion
 
     pipe = load_diffusion()
     say = lambda *a: _caption(pipe.text_encoder, pipe.tokenizer, *a)

@@ -1,4 +1,4 @@
-"Emotion spaces: exactness where parts are added up, samples that do not depend on their batch, and files that are not what they should be."
+"Emotion spaces: exact sums, samples that do not depend on their batch, files that are not whole."
 
 import json
 import math
@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from uniemo.data.sets import (
+from uniemo.data.folders import EmotionFolder
+from uniemo.data.transforms import (
     CentreCrop,
-    EmotionFolder,
+    NetworkView,
     Transform,
-    View,
     eval_transform,
     train_transform,
 )
 from uniemo.emotions import MIKELS
 from uniemo.files.emogen import load_emogen
+from uniemo.files.weights import WeightsError
 from uniemo.space import (
     COORDINATES,
     KINDS,
@@ -128,7 +130,7 @@ def test_processes_gather(tmp_path):
 
 
 def test_bank_is_a_random_sample():
-    "Which triples are kept depends on nothing that could bias it: the kept ones have the mean of all."
+    "Which triples are kept depends on nothing that could bias it: they have the mean of all."
     c, s, o, labels = triples(3000)
     space = EmotionSpace(NAMES, 8, "bank", bank_size=500).update(c, s, o, labels)
     for e in range(3):
@@ -152,7 +154,7 @@ def test_any_precision(dtype):
 
 def test_refused_batch_leaves_no_trace():
     space, (c, s, o, labels) = fitted("lowrank"), triples()
-    before = [x for x in space.statistics]
+    before = list(space.statistics)
     bad = o.clone()
     bad[3, 1] = math.inf
     wrong = labels.clone()
@@ -220,7 +222,10 @@ def test_low_rank_is_likelier_than_principal_components():
     R = S / S.diagonal().sqrt() / S.diagonal().sqrt()[:, None]
     value, U = torch.linalg.eigh(R)
     P = U[:, -3:] * value[-3:].sqrt()
-    nll = lambda C: float(torch.logdet(C) + torch.trace(torch.linalg.solve(C, R)))
+
+    def nll(C):
+        return float(torch.logdet(C) + torch.trace(torch.linalg.solve(C, R)))
+
     F, v = low_rank(R, 3)
     ours, pca = nll(F @ F.T + v.diag()), nll(P @ P.T + (1 - (P**2).sum(1)).clamp(min=1e-3).diag())
     assert ours < pca and abs(ours - float(torch.logdet(R)) - 30) < 1e-3
@@ -295,9 +300,12 @@ def test_jitter_zero_gives_real_triples():
 
 def test_emotions_with_few_images():
     c, s, o, _ = triples()
-    few = lambda kind: EmotionSpace(NAMES, 8, kind, rank=4).update(
-        c[:4], s[:4], o[:4], torch.tensor([0, 1, 1, 1])
-    )
+
+    def few(kind):
+        return EmotionSpace(NAMES, 8, kind, rank=4).update(
+            c[:4], s[:4], o[:4], torch.tensor([0, 1, 1, 1])
+        )
+
     for kind in ("diagonal", "lowrank"):
         with pytest.raises(
             ValueError, match="no distribution of 'calm': it had 1 images.*there are joy"
@@ -373,26 +381,48 @@ def test_files_that_are_something_else(tmp_path):
         EmotionSpace.load(path)
     for data in (b"", b"hello", fitted("bank").save(tmp_path / "g").read_bytes()[:500]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="f.safetensors is no safetensors file"):
+        with pytest.raises(WeightsError, match="f.safetensors.*emotion space"):
             EmotionSpace.load(path)
     save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="f.safetensors is no emotion space"):
+    with pytest.raises(WeightsError, match="f.safetensors is no emotion space"):
         EmotionSpace.load(path)
     about = dict(
         EmotionSpace(NAMES, 8).settings, count=[1, 1, 1], statistics=False, info={}, version=1
     )
     for change, match in (
         (dict(version=2), "version 2"),
-        (dict(), "lacks"),
-        (dict(kind="gauss"), "gauss"),
+        (dict(), "f.safetensors.* lacks"),
+        (dict(kind="gauss"), "f.safetensors.*gauss"),
+        (dict(count=[1, 1]), "f.safetensors.*count"),
+        (dict(rank="many"), "f.safetensors"),
+        (dict(colour="red"), "f.safetensors.*colour"),
     ):
         save_file(
             {"mean": torch.ones(3, 24)},
             path,
             metadata={"uniemo.space": json.dumps({**about, **change})},
         )
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(WeightsError, match=match):
             EmotionSpace.load(path)
+
+
+@each_kind
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_space_is_read_whole_or_not_at_all(kind, statistics, tmp_path):
+    "Every tensor, taken away, of another shape, or not finite: one error that names it."
+    good = fitted(kind).save(tmp_path / "good.safetensors", statistics=statistics)
+    tensors = load_file(good)
+    with safe_open(good, "pt") as file:
+        head = file.metadata()
+    path = tmp_path / "bad.safetensors"
+    for name, tensor in tensors.items():
+        broken = [{k: v for k, v in tensors.items() if k != name}, {**tensors, name: tensor[:-1]}]
+        if tensor.is_floating_point():
+            broken.append({**tensors, name: torch.full_like(tensor, math.nan)})
+        for state in broken:
+            save_file({k: v.contiguous() for k, v in state.items()}, path, head)
+            with pytest.raises(WeightsError, match="bad.safetensors.*" + name.replace(".", "[.]")):
+                EmotionSpace.load(path)
 
 
 @pytest.mark.skipif(
@@ -409,7 +439,7 @@ def test_emogen_files():
 
 
 def test_the_authors_files(tmp_path):
-    "As the released code writes them, read by `uniemo.interop` and drawn from."
+    "As the released code writes them, read by `uniemo.files` and drawn from."
     from uniemo.files.uniemo import read_statistics
 
     g = torch.Generator().manual_seed(0)
@@ -442,7 +472,9 @@ def test_the_authors_files(tmp_path):
 
 
 def test_statistics_that_do_not_fit():
-    one = lambda d, v=1.0: {p: torch.full((d,), v) for p in PARTS}
+    def one(d, v=1.0):
+        return {p: torch.full((d,), v) for p in PARTS}
+
     for means, stds, match in (
         ({}, {}, "no emotion"),
         ({"awe": one(4), "fear": one(4)}, {"awe": one(4)}, "'fear' has a mean but no"),
@@ -487,10 +519,12 @@ def folder(tmp_path_factory):
 
 
 def test_loaders_that_augment_or_leave_out_are_refused(folder):
-    encode = lambda b: (b["pixel_values"].mean((2, 3)),) * 3
+    def encode(b):
+        return (b["pixel_values"].mean((2, 3)),) * 3
+
     plain, crop = (EmotionFolder(folder, transform=t(8)) for t in (eval_transform, train_transform))
     flip = EmotionFolder(
-        folder, transform=Transform(CentreCrop(flip=0.5), dict(pixel_values=View(8)))
+        folder, transform=Transform(CentreCrop(flip=0.5), dict(pixel_values=NetworkView(8)))
     )
     for data in (crop, flip, Subset(crop, [0, 1]), ConcatDataset([plain, Subset(flip, [3])])):
         with pytest.raises(ValueError, match="augments at random"):

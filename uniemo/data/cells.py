@@ -105,7 +105,9 @@ def tidy_cells(column: pd.Series) -> pd.Series:
     def tidy(value):
         if isinstance(value, str):
             text = value.strip()
-            return (text.split(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text) or None
+            if "." in text and re.fullmatch(r"-?\d+\.0+", text):
+                return text.split(".")[0]
+            return text or None
         if isinstance(value, float) and value.is_integer():
             return int(value)
         return value if isinstance(value, int | float) else str(value)

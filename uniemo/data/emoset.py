@@ -96,10 +96,10 @@ def _well_formed(entry):
     )
 
 
-def _entry_fault(entry, emotions, seen, index):
-    "Problem and remedy of a well-formed entry, or None."
-    emotion, path, note = entry[0], entry[-2], entry[-1]
-    folder = Path(tidy_path(path)).parent.name
+def _entry_fault(entry, path, emotions, seen, index):
+    "Problem and remedy of a well-formed entry with a tidy `path`, or None."
+    emotion, note = entry[0], entry[-1]
+    folder = path.rsplit("/", 2)[-2] if "/" in path else ""
     if emotion not in emotions:
         known = ", ".join(emotions)
         return (
@@ -116,7 +116,7 @@ def _entry_fault(entry, emotions, seen, index):
             f"wrong emotion folder: labelled {emotion}, lies in {folder}",
             f"Move the file, or correct {index.name}",
         )
-    if tidy_path(path) in seen:
+    if path in seen:
         return "duplicated entry", f"Take all but one out of {index.name}"
     return None
 
@@ -176,11 +176,12 @@ class EmoSet(EmotionData):
                     )
                 )
                 continue
-            fault = _entry_fault(entry, self.emotions.names, seen, index)
+            path = entry[-2] if leaves_root(entry[-2]) else tidy_path(entry[-2])
+            fault = _entry_fault(entry, path, self.emotions.names, seen, index)
             if fault:
-                problems.append(Problem(len(rows), entry[-2], *fault))
-            rows.append(self._row(entry))
-            seen.add(rows[-1][0])
+                problems.append(Problem(len(rows), path, *fault))
+            rows.append(self._row(entry, path))
+            seen.add(path)
         kinds = dict(path=object, image_id=object, label=np.int64, annotation=object)
         return columns_of(rows, **kinds), problems
 
@@ -196,10 +197,9 @@ class EmoSet(EmotionData):
             warn_of_likeness(self.root, self.emotions)
         self._known = {k: {normalize_name(n): n for n in v} for k, v in self.tables.items()}
 
-    def _row(self, entry):
+    def _row(self, entry, path):
         "Path, id, label and annotation of a well-formed entry."
         names = self.emotions.names
-        path = entry[-2] if leaves_root(entry[-2]) else tidy_path(entry[-2])
         name = str(entry[1]) if len(entry) == 4 else path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
         label = names.index(entry[0]) if entry[0] in names else -1
         return path, name, label, entry[-1] and tidy_path(entry[-1])

@@ -7,17 +7,214 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .attention import class_attention, pointing, pointing_table
-    from .classification import accuracy, calibration_bins, calibration_error, check_predictions, check_votes, confusion_matrix, evaluate, evaluate_classes, fit_temperature, macro_f1, per_class, polarity_accuracy, scores, vote_divergence, wheel_distance, with_temperature
+    from .classification import (
+        accuracy,
+        calibration_bins,
+        calibration_error,
+        check_predictions,
+        check_votes,
+        confusion_matrix,
+        evaluate,
+        evaluate_classes,
+        fit_temperature,
+        macro_f1,
+        per_class,
+        polarity_accuracy,
+        scores,
+        vote_divergence,
+        wheel_distance,
+        with_temperature,
+    )
     from .curves import LESS_IS_BETTER, plot_curves, read_log
     from .evidence import Evidence, EvidenceReader, open_image
-    from .facility import CHOSEN, FacilityLocation, GROUP_FULL, OPEN, TOO_NEAR, facility_location, facility_value
-    from .generation import EmotionOfFeatures, HIGHER_IS_BETTER, MetricSettings, NEEDS, NEEDS_OF_JUDGE, Networks, clip_similarity, draw_pairs, evaluate_generation, fid, fid_to, kid, mean_over_emotions, perceptual_diversity, published_networks, semantic_clarity, semantic_diversity
-    from .intervals import Interval, as_array, bootstrap, difference, differences, mean_interval, proportion, shifted_bootstrap
-    from .neighbours import Balls, check_features, coverage_scores, half_squares, nearest, precision_recall, unit
-    from .networks import CLIPFeatures, LPIPS, Method, PRETRAINED, alexnet_layers, apply_network, as_images, from_torchmetrics, inception, lpips_alex, pretrained_file
+    from .facility import (
+        CHOSEN,
+        FacilityLocation,
+        GROUP_FULL,
+        OPEN,
+        TOO_NEAR,
+        facility_location,
+        facility_value,
+    )
+    from .generation import (
+        EmotionOfFeatures,
+        HIGHER_IS_BETTER,
+        MetricSettings,
+        NEEDS,
+        NEEDS_OF_JUDGE,
+        Networks,
+        clip_similarity,
+        draw_pairs,
+        evaluate_generation,
+        fid,
+        fid_to,
+        kid,
+        mean_over_emotions,
+        perceptual_diversity,
+        published_networks,
+        semantic_clarity,
+        semantic_diversity,
+    )
+    from .intervals import (
+        Interval,
+        as_array,
+        bootstrap,
+        difference,
+        differences,
+        mean_interval,
+        proportion,
+        shifted_bootstrap,
+    )
+    from .neighbours import (
+        Balls,
+        check_features,
+        coverage_scores,
+        half_squares,
+        nearest,
+        precision_recall,
+        unit,
+    )
+    from .networks import (
+        CLIPFeatures,
+        LPIPS,
+        Method,
+        PRETRAINED,
+        alexnet_layers,
+        apply_network,
+        as_images,
+        from_torchmetrics,
+        inception,
+        lpips_alex,
+        pretrained_file,
+    )
     from .pictures import grid, overlay, plot_attention, plot_predictions
-    from .plots import LIMITS, MEANINGS, heat_map, plot_classes, plot_confusion, plot_differences, plot_intervals, plot_reliability
-    from .theme import DASHES, HATCHES, MARKERS, PALETTE, SETTINGS, new_axes, set_figure_finding, set_finding, theme, themed
+    from .plots import (
+        LIMITS,
+        MEANINGS,
+        heat_map,
+        plot_classes,
+        plot_confusion,
+        plot_differences,
+        plot_intervals,
+        plot_reliability,
+    )
+    from .theme import (
+        DASHES,
+        HATCHES,
+        MARKERS,
+        PALETTE,
+        SETTINGS,
+        new_axes,
+        set_figure_finding,
+        set_finding,
+        theme,
+        themed,
+    )
 
-_rooms = {'attention': ['class_attention', 'pointing', 'pointing_table'], 'classification': ['accuracy', 'calibration_bins', 'calibration_error', 'check_predictions', 'check_votes', 'confusion_matrix', 'evaluate', 'evaluate_classes', 'fit_temperature', 'macro_f1', 'per_class', 'polarity_accuracy', 'scores', 'vote_divergence', 'wheel_distance', 'with_temperature'], 'curves': ['LESS_IS_BETTER', 'plot_curves', 'read_log'], 'evidence': ['Evidence', 'EvidenceReader', 'open_image'], 'facility': ['CHOSEN', 'FacilityLocation', 'GROUP_FULL', 'OPEN', 'TOO_NEAR', 'facility_location', 'facility_value'], 'generation': ['EmotionOfFeatures', 'HIGHER_IS_BETTER', 'MetricSettings', 'NEEDS', 'NEEDS_OF_JUDGE', 'Networks', 'clip_similarity', 'draw_pairs', 'evaluate_generation', 'fid', 'fid_to', 'kid', 'mean_over_emotions', 'perceptual_diversity', 'published_networks', 'semantic_clarity', 'semantic_diversity'], 'intervals': ['Interval', 'as_array', 'bootstrap', 'difference', 'differences', 'mean_interval', 'proportion', 'shifted_bootstrap'], 'neighbours': ['Balls', 'check_features', 'coverage_scores', 'half_squares', 'nearest', 'precision_recall', 'unit'], 'networks': ['CLIPFeatures', 'LPIPS', 'Method', 'PRETRAINED', 'alexnet_layers', 'apply_network', 'as_images', 'from_torchmetrics', 'inception', 'lpips_alex', 'pretrained_file'], 'pictures': ['grid', 'overlay', 'plot_attention', 'plot_predictions'], 'plots': ['LIMITS', 'MEANINGS', 'heat_map', 'plot_classes', 'plot_confusion', 'plot_differences', 'plot_intervals', 'plot_reliability'], 'theme': ['DASHES', 'HATCHES', 'MARKERS', 'PALETTE', 'SETTINGS', 'new_axes', 'set_figure_finding', 'set_finding', 'theme', 'themed']}
+_rooms = {
+    "attention": ["class_attention", "pointing", "pointing_table"],
+    "classification": [
+        "accuracy",
+        "calibration_bins",
+        "calibration_error",
+        "check_predictions",
+        "check_votes",
+        "confusion_matrix",
+        "evaluate",
+        "evaluate_classes",
+        "fit_temperature",
+        "macro_f1",
+        "per_class",
+        "polarity_accuracy",
+        "scores",
+        "vote_divergence",
+        "wheel_distance",
+        "with_temperature",
+    ],
+    "curves": ["LESS_IS_BETTER", "plot_curves", "read_log"],
+    "evidence": ["Evidence", "EvidenceReader", "open_image"],
+    "facility": [
+        "CHOSEN",
+        "FacilityLocation",
+        "GROUP_FULL",
+        "OPEN",
+        "TOO_NEAR",
+        "facility_location",
+        "facility_value",
+    ],
+    "generation": [
+        "EmotionOfFeatures",
+        "HIGHER_IS_BETTER",
+        "MetricSettings",
+        "NEEDS",
+        "NEEDS_OF_JUDGE",
+        "Networks",
+        "clip_similarity",
+        "draw_pairs",
+        "evaluate_generation",
+        "fid",
+        "fid_to",
+        "kid",
+        "mean_over_emotions",
+        "perceptual_diversity",
+        "published_networks",
+        "semantic_clarity",
+        "semantic_diversity",
+    ],
+    "intervals": [
+        "Interval",
+        "as_array",
+        "bootstrap",
+        "difference",
+        "differences",
+        "mean_interval",
+        "proportion",
+        "shifted_bootstrap",
+    ],
+    "neighbours": [
+        "Balls",
+        "check_features",
+        "coverage_scores",
+        "half_squares",
+        "nearest",
+        "precision_recall",
+        "unit",
+    ],
+    "networks": [
+        "CLIPFeatures",
+        "LPIPS",
+        "Method",
+        "PRETRAINED",
+        "alexnet_layers",
+        "apply_network",
+        "as_images",
+        "from_torchmetrics",
+        "inception",
+        "lpips_alex",
+        "pretrained_file",
+    ],
+    "pictures": ["grid", "overlay", "plot_attention", "plot_predictions"],
+    "plots": [
+        "LIMITS",
+        "MEANINGS",
+        "heat_map",
+        "plot_classes",
+        "plot_confusion",
+        "plot_differences",
+        "plot_intervals",
+        "plot_reliability",
+    ],
+    "theme": [
+        "DASHES",
+        "HATCHES",
+        "MARKERS",
+        "PALETTE",
+        "SETTINGS",
+        "new_axes",
+        "set_figure_finding",
+        "set_finding",
+        "theme",
+        "themed",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

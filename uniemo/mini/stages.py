@@ -30,6 +30,7 @@ __all__ = [
 # %% ../../nbs/mini/stages.ipynb #530baeff
 import inspect
 import json
+import warnings
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -428,7 +429,10 @@ def kept(
     reader = name_reader(clip, tokenizer, splits.names, view, model)
     settings = {"quality": None, **settings}
     table = table.assign(path=[str(path) for path in table.path])
-    chosen = select(table, splits, reader, Path(folder) / "emoset", how, max_kept, **settings)
+    with warnings.catch_warnings():
+        # the metrics say it
+        warnings.filterwarnings("ignore", "no candidate kept|in range:")
+        chosen = select(table, splits, reader, Path(folder) / "emoset", how, max_kept, **settings)
     found = chosen.table.assign(path=[Path(path).name for path in chosen.table.path])
     write_file(Path(folder) / "table.csv", found.to_csv(index=False))
     if chosen.thresholds is not None:

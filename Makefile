@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
 SKIP := ^([_.]|experiments$$|benchmarks$$)
 
-.PHONY: help run test style test-kill fuzz env hooks docs readme prepare benchmarks fullsize pretrain dist clean
+.PHONY: help run test style test-kill gpu fuzz env hooks docs readme prepare benchmarks fullsize pretrain dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,9 @@ style: env ## ruff: format and rules, over notebooks, package, tests
 
 test-kill: env ## twenty trainings killed at a random moment and resumed, each must end bit for bit as an unbroken one
 	UNIEMO_KILLS=20 python -m pytest tests/test_training.py -k random_moment
+
+gpu: env ## one accelerator, some minutes: quickstart, full-size steps, equality, speeds (without one: a dry run)
+	python tests/gpu.py
 
 fuzz: env ## 20,000 mutated files, each ends right or in one clear error (make test tries 1,000)
 	UNIEMO_FUZZ=20000 python -m pytest tests/test_fuzz.py

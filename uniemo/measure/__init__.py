@@ -98,6 +98,7 @@ if TYPE_CHECKING:
         plot_intervals,
         plot_reliability,
     )
+    from .published import ClassifierJudge, METRICS, PUBLISHED, beside_published, published_networks
     from .theme import (
         DASHES,
         HATCHES,
@@ -203,6 +204,13 @@ _rooms = {
         "plot_differences",
         "plot_intervals",
         "plot_reliability",
+    ],
+    "published": [
+        "ClassifierJudge",
+        "METRICS",
+        "PUBLISHED",
+        "beside_published",
+        "published_networks",
     ],
     "theme": [
         "DASHES",

@@ -1,4 +1,4 @@
-"The trainer under SIGKILL, in two processes, and what it must not do. UNIEMO_KILLS says how many random moments are tried (3)."
+"The trainer and both stages under SIGKILL, in two processes, and what they must not do."
 
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,15 +18,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from uniemo.data.splits import open_splits
+from uniemo.joint import JointConfig, train_joint
+from uniemo.mini.splits import paint_splits
+from uniemo.mini.writing import write_emoset
 from uniemo.queries import ExpertQueryModel, parts
 from uniemo.train.batches import SampleOrder, read_batches
+from uniemo.train.callbacks import Callback
 from uniemo.train.config import TrainConfig
 from uniemo.train.trainer import Stage, Trainer
-from uniemo.understanding import UnderstandingConfig, UnderstandingStage
+from uniemo.understanding import (
+    ExtraImages,
+    UnderstandingConfig,
+    UnderstandingStage,
+    train_understanding,
+)
 
+# how many random moments are tried
 KILLS = int(os.environ.get("UNIEMO_KILLS", 3))
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["uniemo.understanding"])
+processes.set_forkserver_preload(["uniemo.joint", "uniemo.mini.splits"])
 
 
 class Points(Dataset):
@@ -164,6 +176,70 @@ def test_killed_while_writing(tmp_path, unbroken, call):
     "Each of these calls makes a file or a name lasting: of checkpoints, of the best weights, of what is thrown away."
     assert launch(tmp_path / "run", kill_at_call=call) == -signal.SIGKILL
     check_resumed(tmp_path / "run", unbroken, f"killed at call {call}")
+
+
+# ---- the whole chain
+
+FIRST = dict(epochs=None, steps=6, eval_every=3, save_every=2, log_every=2, batch_size=8)
+SECOND = dict(steps=6, eval_every=3, save_every=2, log_every=2, batch_size=4, warm_start=8)
+
+
+def chain_run(folder, kill_after=None, done=None):
+    "Stage 1 and stage 2 with a warm start, on painted images; killed after so many seconds."
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    if kill_after is not None:
+        timer = threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    world = paint_splits(num_train=32, num_val=16, num_test=16)
+    first = UnderstandingConfig.preset("mini", num_queries=2, cpu=True, **FIRST)
+    second = JointConfig.preset("mini", num_queries=2, cpu=True, **SECOND)
+    train_understanding(world, first, "mini", folder=folder / "first", progress=False)
+    encoder = folder / "first" / "model"
+    train_joint(world, second, encoder, folder=folder / "second", progress=False)
+    if done is not None:
+        done.put(time.monotonic() - start)
+
+
+def chain_end(folder):
+    "What both stages left, to the bit."
+    left = [folder / "first" / "model" / "model.safetensors"]
+    for stage in ("first", "second"):
+        for name in ("predictions.safetensors", "metrics.json", "history.jsonl"):
+            left.append(folder / stage / name)
+        left.append(folder / stage / "checkpoints" / "best.safetensors")
+    left.append(folder / "second" / "checkpoints" / "step-000006" / "weights.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in left}
+
+
+def launch_chain(*args, **kwargs):
+    p = processes.Process(target=chain_run, args=args, kwargs=kwargs)
+    p.start()
+    p.join(900)
+    return p.exitcode
+
+
+@pytest.fixture(scope="module")
+def unbroken_chain(tmp_path_factory):
+    folder, done = tmp_path_factory.mktemp("chain"), processes.Queue()
+    assert launch_chain(folder, done=done) == 0
+    return chain_end(folder), done.get()
+
+
+@pytest.mark.parametrize("k", range(KILLS))
+def test_chain_killed_at_a_random_moment_and_resumed(tmp_path, unbroken_chain, k):
+    folder, share = tmp_path / "run", random.uniform(0.1, 1)
+    for again in range(20):  # until the kill came before the end
+        code = launch_chain(folder, kill_after=share * unbroken_chain[1])
+        if code == -signal.SIGKILL:
+            break
+        assert code == 0
+        folder, share = tmp_path / f"again{again}", share * 0.8
+    assert launch_chain(folder) == 0
+    ended = chain_end(folder)
+    different = [name for name, there in unbroken_chain[0].items() if ended[name] != there]
+    assert not different, f"killed at {share:.4f} of the chain"
 
 
 # ---- several processes
@@ -341,6 +417,129 @@ def test_a_parameter_in_no_group_is_named():
         Trainer(Forgets(), CONFIG, Points(50, 0))
 
 
+@pytest.mark.parametrize("left", [1e3, -1e3])
+def test_gradients_of_before_are_not_followed(left):
+    "What a warm start, or anyone, left in `grad` has no say in the first step."
+    clean = Trainer(Toy(), CONFIG, Points(50, 0), progress=False).fit(until=6)
+    stage = Toy()
+    for p in stage.parameters():
+        p.grad = torch.full_like(p, left)
+    dirty = Trainer(stage, CONFIG, Points(50, 0), progress=False).fit(until=6)
+    assert dirty.history == clean.history
+
+
+def test_a_validation_that_is_no_number_is_never_best(tmp_path):
+    "A first validation that is NaN stayed best for ever."
+
+    class Shy(Toy):
+        def evaluate(self, p):
+            self.calls = getattr(self, "calls", 0) + 1
+            return dict(accuracy=float("nan") if self.calls in (1, 3) else float(self.calls))
+
+    config = replace(CONFIG, steps=28, ema_decay=None)
+    with pytest.warns(UserWarning, match="after step 7: accuracy is nan"):
+        trainer = Trainer(Shy(), config, Points(50, 0), Points(30, 1), tmp_path, progress=False)
+        trainer.fit()
+    assert (trainer.validation.best, trainer.validation.best_step) == (4.0, 28)
+
+
+def test_all_validations_without_a_number():
+    class Blind(Toy):
+        def evaluate(self, p):
+            return dict(accuracy=float("nan"))
+
+    trainer = Trainer(Blind(), CONFIG, Points(50, 0), Points(30, 1), progress=False)
+    with pytest.warns(UserWarning, match="are not kept"):
+        trainer.fit(until=7)
+    with pytest.raises(ValueError, match="no number does not count"):
+        trainer.load_best()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_trained_is_float32(dtype):
+    "fp16 gave NaN with wrong advice, bf16 learnt worse without a word."
+    stage = Toy()
+    stage.out.to(dtype)
+    with pytest.raises(ValueError, match="out.weight is .*: what is trained must be float32"):
+        Trainer(stage, CONFIG, Points(50, 0), progress=False)
+
+
+def test_frozen_parts_may_be_of_any_type():
+    stage = Toy()
+    stage.frozen.to(torch.bfloat16)
+    Trainer(stage, CONFIG, Points(50, 0), progress=False)
+
+
+# ---- its folder
+
+
+@pytest.fixture
+def finished(tmp_path):
+    folder = tmp_path / "run"
+    config = replace(CONFIG, steps=28, keep=4)
+    Trainer(Toy(), config, Points(50, 0), Points(30, 1), folder, progress=False).fit()
+    return folder, config
+
+
+def resume(finished):
+    folder, config = finished
+    return Trainer(Toy(), config, Points(50, 0), Points(30, 1), folder, progress=False).fit()
+
+
+def test_stray_names_do_not_stop_a_resumption(finished):
+    folder, _ = finished
+    (folder / "step-000028.bak").mkdir()
+    (folder / "step-notes").write_text("mine")
+    (folder / "step-").mkdir()
+    assert resume(finished).step == 28
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "", '{"state.pt": 1}', "null"])
+def test_an_empty_manifest_is_not_whole(finished, manifest):
+    folder, _ = finished
+    (folder / "step-000028" / "manifest.json").write_text(manifest)
+    with pytest.warns(UserWarning, match="step-000028 is damaged; going on from step-000024"):
+        assert resume(finished).step == 28
+
+
+def test_nothing_whole_is_one_clear_error(finished):
+    folder, _ = finished
+    for path in folder.glob("step-*/weights.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="delete this folder to make it anew"):
+        resume(finished)
+
+
+@pytest.mark.parametrize("change", ["bit", "short", "gone", "web page"])
+def test_damaged_best_weights_are_refused(finished, change):
+    folder, _ = finished
+    path = folder / "best.safetensors"
+    trainer = resume(finished)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    if change == "short":
+        content = content[:-8]
+    if change == "web page":
+        content = b"<!DOCTYPE html><html></html>"
+    path.unlink() if change == "gone" else path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match="best.safetensors"):
+        trainer.load_best()
+
+
+def test_a_second_trainer_in_the_folder_is_refused(tmp_path):
+    class Second(Callback):
+        def after_step(self, trainer):
+            if trainer.step == 1:
+                with pytest.raises(RuntimeError, match="another training is at work"):
+                    Trainer(Toy(), CONFIG, Points(50, 0), folder=tmp_path, progress=False).fit()
+
+    Trainer(Toy(), CONFIG, Points(50, 0), folder=tmp_path, progress=False).add(Second()).fit(
+        until=2
+    )
+    # and the lock goes with the process that had it
+    Trainer(Toy(), CONFIG, Points(50, 0), folder=tmp_path, progress=False).fit(until=2)
+
+
 # ---- data
 
 
@@ -362,7 +561,9 @@ class Epochs(Dataset):
 
 def test_each_position_has_its_own_augmentation_whoever_reads_it():
     data, spans = ConcatDataset([Epochs(), Epochs()]), [(k, k + 3) for k in range(0, 30, 3)]
-    one, two = (torch.cat(list(read_batches(data, SampleOrder(10), spans, workers=w))) for w in (0, 2))
+    one, two = (
+        torch.cat(list(read_batches(data, SampleOrder(10), spans, workers=w))) for w in (0, 2)
+    )
     assert torch.equal(one, two) and torch.equal(one[:, 1], torch.arange(30))
 
 
@@ -403,3 +604,54 @@ def test_votes():
         UnderstandingStage(model, config, scene, objects), config, data, data, progress=False
     ).fit()
     assert {"accuracy", "loss_cls", "scene_accuracy", "object_accuracy"} <= set(t.evaluate(data))
+
+
+# ---- stages in one call
+
+
+def short(**changes):
+    return UnderstandingConfig.preset(
+        "mini", **{**dict(epochs=None, steps=2, batch_size=8, num_queries=2, cpu=True), **changes}
+    )
+
+
+def test_stage_1_on_disk_and_in_memory(tmp_path):
+    "The same function, the same names of metrics; further images leave the length as it is."
+    world = paint_splits(num_train=24, num_val=16, num_test=16)
+    on_disk = open_splits(write_emoset(tmp_path / "world", 60, progress=False))
+    memory = train_understanding(world, short(), "mini", folder=tmp_path / "a", progress=False)
+    disk = train_understanding(on_disk, short(), "mini", progress=False)
+    assert memory.metrics.keys() == disk.metrics.keys()
+    assert {"val", "test"} == memory.predictions.keys()
+    left = {"checkpoints", "model", "predictions.safetensors", "history.jsonl", "metrics.json"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == left
+    extra = ExtraImages(tmp_path / "world", 0.5, 0.3)
+    third = train_understanding(world, short(), "mini", extra=extra, progress=False)
+    assert third.trainer.step == 2 and third.metrics["images"] == 24 + len(on_disk["train"])
+    with pytest.raises(ValueError, match="learnt by heart"):
+        again = ExtraImages(on_disk["test"], 0.5)
+        train_understanding(on_disk, short(), "mini", extra=again, progress=False)
+
+
+def test_stage_2_on_disk_with_latents_made_once(tmp_path):
+    "What a data set at full size needs: images read as needed, latents kept on the disk."
+    on_disk = open_splits(write_emoset(tmp_path / "world", 60, progress=False))
+    first = train_understanding(on_disk, short(), "mini", progress=False)
+    config = JointConfig.preset(
+        "mini", steps=2, batch_size=4, num_queries=2, warm_start=2, keep_latents=True, cpu=True
+    )
+    folder = tmp_path / "second"
+    result = train_joint(on_disk, config, first.model, folder=folder, progress=False)
+    assert {"loss_diff", "word_accuracy", "accuracy"} <= result.metrics.keys()
+    made = {p: p.stat().st_mtime_ns for p in folder.glob("latents/*/*.npy")}
+    assert len(made) == 3
+    again = train_joint(on_disk, config, first.model, folder=folder, progress=False)
+    assert again.metrics == result.metrics
+    assert made == {p: p.stat().st_mtime_ns for p in folder.glob("latents/*/*.npy")}
+
+
+def test_what_stage_1_cannot_know_is_asked():
+    world = paint_splits(num_train=8, num_val=8, num_test=8)
+    encoder = train_understanding(world, short(), "mini", text={}, progress=False).model
+    with pytest.raises(ValueError, match="whose text tower"):
+        train_understanding(world, short(), encoder, progress=False)

@@ -91,6 +91,7 @@ if TYPE_CHECKING:
         Regime,
         SEPARATE,
         chance_drift,
+        check_sizes,
         judge_set,
     )
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
@@ -235,6 +236,7 @@ _rooms = {
         "Regime",
         "SEPARATE",
         "chance_drift",
+        "check_sizes",
         "judge_set",
     ],
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],

@@ -87,7 +87,7 @@ if TYPE_CHECKING:
         lpips_alex,
         pretrained_file,
     )
-    from .pictures import grid, overlay, plot_attention, plot_predictions
+    from .pictures import grid, overlay, plot_attention
     from .plots import (
         LIMITS,
         MEANINGS,
@@ -194,7 +194,7 @@ _rooms = {
         "lpips_alex",
         "pretrained_file",
     ],
-    "pictures": ["grid", "overlay", "plot_attention", "plot_predictions"],
+    "pictures": ["grid", "overlay", "plot_attention"],
     "plots": [
         "LIMITS",
         "MEANINGS",

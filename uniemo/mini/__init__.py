@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         mini_networks,
     )
     from .judging import JudgeStage, augment, blur, coarsen, judge_scores, spoiled, strew
+    from .knobs import judge_confidence, rank_correlations
     from .painting import (
         EMOJI,
         Rendered,
@@ -213,6 +214,7 @@ _rooms = {
         "mini_networks",
     ],
     "judging": ["JudgeStage", "augment", "blur", "coarsen", "judge_scores", "spoiled", "strew"],
+    "knobs": ["judge_confidence", "rank_correlations"],
     "painting": [
         "EMOJI",
         "Rendered",

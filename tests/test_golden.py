@@ -1,4 +1,7 @@
-"""Numbers of the paper's released code, made once with random weights: values within 1e-5, gradients within 1e-4 of their largest entry."""
+"""Numbers of the paper's released code, made once with random weights.
+
+Values agree within 1e-5, gradients within 1e-4 of their largest entry.
+"""
 
 from pathlib import Path
 
@@ -113,7 +116,7 @@ def fused(files, output, values):
 
 @torch.no_grad()
 def test_retrieval_as_released(files, output, values):
-    """Arg max of the cosine with the mapped feature, scenes and objects in one list; alpha is the table's entry of the label."""
+    "Arg max of the cosine with the mapped feature, both kinds in one list; alpha is the label's."
     text, table, label = (
         values[f"fusion.in.{k}"] for k in ("attribute_features", "table", "label")
     )

@@ -202,8 +202,8 @@ HOSTILE = dict(
     ),
     stub=(b"\x80\x02c_codecs\nencode\n}X\x01\x00\x00\x00aK\x01sb.", "a state for function"),
     itself=(
-        b"\x80\x04"
-        + b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR\x94h\x00\x86.",
+        b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n"
+        + b"(cnumpy\nndarray\nK\x00\x85C\x01btR\x94h\x00\x86.",
         "holds itself",
     ),
     deep=(b"\x80\x02}N" + b"\x85" * 1_000_000 + b"Ns.", "tuples more than 100 deep"),
@@ -324,3 +324,89 @@ def test_real_emogen():
         and all(len(v) == 768 for s in e.space.values() for v in s["class"])
     )
     assert e.classifier(torch.zeros(1, 768)).shape == (1, 8)
+
+
+def nested(levels, kind=list):
+    content = kind((0.0,))
+    for _ in range(levels):
+        content = kind((content, content))
+    return content
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_small_pickle_does_not_grow(kind, tmp_path):
+    "30 levels of shared lists in 221 bytes: whoever makes an array of it needs 2 GB."
+    path = tmp_path / "attr_coefficient_emotion_scene.pkl"
+    path.write_bytes(pickle.dumps({"castle": nested(30, kind)}))
+    assert path.stat().st_size < 400
+    for read in (lambda: read_pickle(path), lambda: load_emogen(tmp_path)):
+        with pytest.raises(RefusedFile, match="far larger than the file"):
+            read()
+    torch.save(nested(30, kind), tmp_path / "a.pth")
+    with pytest.raises(RefusedFile, match="far larger"):
+        read_torch(tmp_path / "a.pth")
+
+
+def test_copies_of_a_copy_do_not_grow(tmp_path):
+    "One long list, copied by a call of six bytes, again and again."
+    path = tmp_path / "a.pkl"
+    long = pickle.dumps([0] * 20_000, 2)[2:-1]
+    path.write_bytes(
+        b"\x80\x02](" + long + b"q\x05" + b"cbuiltins\nlist\nh\x05\x85R" * 20_000 + b"e."
+    )
+    with pytest.raises(RefusedFile, match="far larger"):
+        read_pickle(path)
+
+
+def test_shared_parts_are_counted_as_often_as_met():
+    assert count_items(nested(10)) == 3 * 2**10 - 1
+    shared = np.ones(3)
+    assert count_items([shared, shared]) == 3
+
+
+def test_tensors_from_fewer_elements_and_compressed_records(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(dict(w=torch.ones(1).expand(2**40)), path)
+    with pytest.raises(RefusedFile, match="from fewer elements"):
+        read_torch(path)
+    torch.save(dict(w=torch.zeros(2**20)), path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.pth", "w", 8) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(RefusedFile, match="compressed"):
+        read_torch(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("read", [read_pickle, read_torch])
+def test_the_true_cause(read, tmp_path):
+    "Never the advice to switch safety off; what is another kind of file is called so."
+    path = tmp_path / "a.pth"
+    for data, said in (
+        (b"<!doctype html>Sign in", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x02\0\0\0\0\0\0\0{}", "a safetensors file"),
+        (b"", "empty|no whole"),
+        (b"\x80\x04.", "no whole"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(RefusedFile, match=said) as error:
+            read(path)
+        assert "weights_only" not in str(error.value)
+    torch.save(dict(x=Own()), path)
+    with pytest.raises(RefusedFile) as error:
+        read_torch(path)
+    assert "weights_only" not in str(error.value) and "fetch" not in str(error.value)
+
+
+@golden
+def test_names_that_wrappers_leave(tmp_path):
+    content = read_torch(SHARED / "golden/a_official/best.pth")
+    wrapped = {f"module.{name}": tensor for name, tensor in content["model"].items()}
+    torch.save(dict(content, model=wrapped), tmp_path / "best.pth")
+    theirs = load_uniemo(SHARED / "golden/a_official", "best.pth").encoder.state_dict()
+    ours = load_uniemo(tmp_path).encoder.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    content["model"]["visual.conv1.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "best.pth")
+    with pytest.raises(ValueError, match=r"visual\.conv1\.weight holds values"):
+        load_uniemo(tmp_path)

@@ -7,17 +7,13 @@ import shutil
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig, ViTConfig
+import transformers
 
 from uniemo.backbones import FAMILIES, Backbone
+from uniemo.files.weights import WeightsError, read_tensors, write_tensors
 from uniemo.queries import PARTS, ExpertQueryModel, attention_maps, parts, train_only
 
-CONFIGS = dict(
-    clip_vision_model=CLIPVisionConfig,
-    vit=ViTConfig,
-    dinov2=Dinov2Config,
-    siglip_vision_model=SiglipVisionConfig,
-)
+CONFIGS = {family: transformers.CONFIG_MAPPING[family] for family in FAMILIES}
 FEATURES = (
     "logits",
     "class_features",
@@ -32,7 +28,7 @@ families = pytest.mark.parametrize("family", CONFIGS)
 
 def backbone(family, layers=4, attention=None, **kwargs):
     torch.manual_seed(0)
-    mlp = {} if family == "dinov2" else dict(intermediate_size=128)
+    mlp = {} if family.startswith("dinov2") else dict(intermediate_size=128)
     config = CONFIGS[family](
         hidden_size=64,
         num_hidden_layers=layers,
@@ -103,7 +99,7 @@ def test_too_shallow(family, layers):
 @families
 @torch.no_grad()
 def test_the_split_is_where_it_says(family, pixels):
-    """Scene queries of a chain split at (1, 2) depend on the first layer only; object queries on the first two."""
+    "Split at (1, 2), scene queries depend on the first layer only, object queries on two."
     a = ExpertQueryModel(backbone(family, layers=4), 3, split=(1, 2)).eval()
     b = copy.deepcopy(a)
     before = a(pixels)
@@ -156,7 +152,7 @@ def test_order_and_company_do_not_matter(family, pixels):
 def test_attention_maps(family, pixels):
     model = model_of(family)
     out = model(pixels)
-    T = 17 - (family == "siglip_vision_model")
+    T = 16 + dict(siglip_vision_model=0, dinov2_with_registers=5).get(family, 1)
     for kind in ("scene", "object"):
         a = out[f"{kind}_attentions"]
         assert a.shape == (4, 1, 3, T)
@@ -242,7 +238,7 @@ def test_gradient_checkpointing(pixels):
         m.head.dropout = 0.0
         loss_of(m, pixels).backward()
     assert any(getattr(layer, "gradient_checkpointing", False) for layer in b.view.layers)
-    for (n, p), q in zip(a.named_parameters(), b.parameters()):
+    for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -296,3 +292,82 @@ def test_a_diffusers_pipeline_keeps_it(pixels, tmp_path):
     loaded = Pipe.from_pretrained(tmp_path).encoder
     with torch.no_grad():
         assert torch.equal(loaded(pixels).logits, model(pixels).logits)
+
+
+@families
+def test_another_size_from_training_to_maps(family, tmp_path):
+    "Positions are interpolated, a step is taken, and the saved model knows its size."
+    plain = backbone(family)
+    kept = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    model = ExpertQueryModel(plain, 3, head_width=32, image_size=48).train()
+    pixels, optimizer = torch.randn(2, 3, 48, 48), torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = loss_of(model, pixels)
+        loss.backward()
+        optimizer.step()
+    assert torch.isfinite(loss)
+    model.eval().save_pretrained(tmp_path)
+    loaded = ExpertQueryModel.from_pretrained(tmp_path)
+    assert loaded.config.image_size == 48 and loaded.view.grid() == (6, 6)
+    with torch.no_grad():
+        out = loaded(pixels)
+        assert torch.equal(out.logits, model(pixels).logits)
+    assert attention_maps(loaded, out)["scene"].shape == (2, 6, 6)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in plain.state_dict().items())
+
+
+@families
+def test_a_size_that_no_patches_fill(family):
+    with pytest.raises(ValueError, match="image_size 50 is no multiple.*48 or 56"):
+        ExpertQueryModel(backbone(family), 3, image_size=50)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model_of().save_pretrained(tmp_path)
+    return tmp_path, read_tensors(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("gone", ["layers.2.", "head.", "scene_queries", "head.out.bias"])
+def test_incomplete_weights_are_refused(saved, gone):
+    folder, tensors = saved
+    kept = {name: tensor for name, tensor in tensors.items() if gone not in name}
+    write_tensors(folder / "model.safetensors", kept)
+    with pytest.raises(WeightsError, match=rf"incomplete: it lacks .*{gone}.*; fetch or train"):
+        ExpertQueryModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["scene_queries", "head.out.bias", "object_logit_scale"])
+def test_values_that_are_not_finite_are_refused(saved, name, value):
+    folder, tensors = saved
+    tensors[name].view(-1)[0] = value
+    write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(WeightsError, match=f"{name} holds values that are not finite"):
+        ExpertQueryModel.from_pretrained(folder)
+
+
+def test_weights_of_another_model_are_refused(saved):
+    folder, tensors = saved
+    path = folder / "model.safetensors"
+    write_tensors(path, dict(tensors, more=torch.ones(1)))
+    with pytest.raises(WeightsError, match="no place for more"):
+        ExpertQueryModel.from_pretrained(folder)
+    write_tensors(path, dict(tensors, scene_queries=torch.ones(5, 64)))
+    with pytest.raises(WeightsError, match="scene_queries"):
+        ExpertQueryModel.from_pretrained(folder)
+    path.write_text("<!doctype html>Sign in")
+    with pytest.raises(WeightsError, match="a web page"):
+        ExpertQueryModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_wrappers_prefix_is_taken_off(saved, prefix, pixels):
+    folder, tensors = saved
+    with torch.no_grad():
+        want = ExpertQueryModel.from_pretrained(folder)(pixels).logits
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    write_tensors(folder / "model.safetensors", wrapped)
+    with torch.no_grad():
+        assert torch.equal(ExpertQueryModel.from_pretrained(folder)(pixels).logits, want)

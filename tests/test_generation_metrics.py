@@ -349,6 +349,8 @@ def test_features_and_networks_on_a_gpu():
     scores = gm.coverage_scores(x, x)
     assert scores["coverage"] == scores["precision"] == 1
     assert gm.fid(x, x) == pytest.approx(0, abs=1e-6)
-    assert gm.Balls.around(x, 3).inside(x).device.type == "cuda"
-    assert gm.scores(torch.arange(8).cuda().cpu().numpy(), gm.as_array(torch.eye(8).cuda()))
+    assert gm.coverage_scores(x.cpu(), x)["coverage"] == 1
+    assert gm.Balls.around(x, 3).inside(x.cpu()).device.type == "cuda"
+    assert gm.nearest(x.cpu(), x)[0].max() < 1e-5
+    gm.plot_attention(images[:2], dict(scene=torch.rand(2, 8, 8, device="cuda")))
     assert gm.evaluate(torch.arange(8).cuda(), torch.eye(8).cuda(), n=3).value["accuracy"] == 1

@@ -48,7 +48,8 @@ def real_tokenizer():
         path = next(p for p in files("open_clip_torch") if p.name == name).locate()
     except PackageNotFoundError:
         pytest.skip("open_clip_torch is not installed: it ships CLIP's vocabulary")
-    lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        lines = f.read().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
     spans = ("!~", "¡¬", "®ÿ")
     codes = [code for a, b in spans for code in range(ord(a), ord(b) + 1)]

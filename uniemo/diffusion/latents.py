@@ -51,7 +51,7 @@ def open_diffusion(
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
         )
 
 

@@ -1,5 +1,9 @@
-"""`make fullsize`: the paper's models in full size, with random weights, on photographs. Two joint steps at batch 1 and one generation in three steps, each in a process of its own;
-prints a table of what the operating system measured beside the estimate, and writes it to fullsize.json. `python tests/fullsize.py --config mini` is the same with small models."""
+"""`make fullsize`: the paper's models in full size, with random weights, on photographs.
+
+Two joint steps at batch 1 and one generation in three steps, each in a process of its own. Prints
+what the operating system measured beside the estimate, and writes it to fullsize.json.
+`python tests/fullsize.py --config mini` is the same with small models.
+"""
 
 import argparse
 import json
@@ -16,7 +20,7 @@ PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")  # of scikit-image
 
 
 def peak():
-    "Largest resident memory of this process so far, in bytes (Linux counts in KiB, macOS in bytes)."
+    "Largest resident memory of this process so far, in bytes (Linux counts in KiB)."
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if platform.system() == "Darwin" else 1024
     )
@@ -43,7 +47,7 @@ def photographs(size, mean, std, vae_size):
 def build(config, diffusion):
     import torch
 
-    from uniemo.runs.estimate import build_parts
+    from uniemo.runs.parts import build_parts
 
     torch.manual_seed(0)
     return build_parts(config, diffusion)
@@ -57,9 +61,7 @@ def joint(config, diffusion, steps):
 
     p = build(config, diffusion)
     c = p.encoder.config
-    stage = JointStage(
-        p.encoder, p.mapper, p.retriever, p, config, dict(scene=p.scene_text, object=p.object_text)
-    )
+    stage = JointStage(p.encoder, p.mapper, p.retriever, p, config, p.text)
 
     class Clock(Callback):
         def before_fit(self, t):
@@ -179,8 +181,10 @@ def main(args):
         )["fp32 GB"]
         expected = float(t.iloc[-1])
         if expected * 1.2e9 > psutil.virtual_memory().available:
+            free = psutil.virtual_memory().available / 1e9
             sys.exit(
-                f"{stage} needs about {expected:.1f} GB, {psutil.virtual_memory().available / 1e9:.1f} GB are free: close something first"
+                f"{stage} needs about {expected:.1f} GB, {free:.1f} GB are free: "
+                "close something first"
             )
         command = [
             sys.executable,

@@ -1,4 +1,4 @@
-"The models of the paper in full size, stage by stage, as tensors without memory; and the estimate against a real allocator."
+"The models of the paper in full size, as tensors without memory, and a real allocator's count."
 
 import json
 import os
@@ -8,23 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    CLIPConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    SiglipConfig,
+    ViTConfig,
+)
 from transformers.utils import logging
 
 from uniemo.joint import JointConfig, JointStage
 from uniemo.runs.cli import main
 from uniemo.runs.estimate import (
-    CLIP,
-    SD,
-    Alive,
-    _fake,
-    build_parts,
+    MemoryTracker,
     estimate,
+    fake_tensors,
     generate_step,
     random_batch,
-    read_config,
-    stand_in_tokenizer,
     train_step,
 )
+from uniemo.runs.parts import CLIP, SD, build_parts, read_config, stand_in_tokenizer
 from uniemo.understanding import UnderstandingConfig, UnderstandingStage
 
 logging.set_verbosity_error()
@@ -35,7 +38,7 @@ MILLIONS = dict(
 
 @pytest.fixture(scope="module")
 def paper():
-    with _fake():
+    with fake_tensors():
         yield build_parts(JointConfig.preset("paper"), SD)
 
 
@@ -55,89 +58,117 @@ def test_sizes_are_those_of_the_models(paper):
 
 def test_understanding(paper):
     "One step of stage 1 at batch 2: shapes, and gradients for everything that is trained."
-    c = UnderstandingConfig.preset("paper")
-    with _fake():
-        stage = UnderstandingStage(paper.encoder, c, paper.scene_text, paper.object_text)
+    config = UnderstandingConfig.preset("paper")
+    with fake_tensors():
+        stage = UnderstandingStage(paper.encoder, config, *paper.text.values())
         out = stage.model(torch.randn(2, 3, 224, 224))
-        assert (
-            out.logits.shape == (2, 8)
-            and out.scene_features.shape == (2, 1024)
-            and out.scene_attentions.shape == (2, 16, 32, 257)
-        )
-        gradients, work = train_step(stage, lambda: random_batch(c, 2))
-        stage(random_batch(c, 2))["loss"].backward()
+        assert out.logits.shape == (2, 8) and out.scene_features.shape == (2, 1024)
+        assert out.scene_attentions.shape == (2, 16, 32, 257)
+        gradients, work = train_step(stage, lambda: random_batch(2, 224))
+        stage(random_batch(2, 224))["loss"].backward()
         assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
         stage.zero_grad(set_to_none=True)
     assert work > 5e8
 
 
+def joint_stage(parts, config):
+    return JointStage(parts.encoder, parts.mapper, parts.retriever, parts, config, parts.text)
+
+
 def test_joint(paper):
-    "One joint step at batch 1: the gradient of the diffusion loss passes through U-Net and text encoder into mappers and queries, and into nothing else."
-    c = JointConfig.preset("paper", joint_weights=(0.0, 0.0, 1.0), batch_size=1)
-    with _fake():
-        stage = JointStage(
-            paper.encoder,
-            paper.mapper,
-            paper.retriever,
-            paper,
-            c,
-            dict(scene=paper.scene_text, object=paper.object_text),
-        )
+    "The diffusion loss alone reaches mappers and queries, through U-Net and text encoder."
+    config = JointConfig.preset("paper", joint_weights=(0.0, 0.0, 1.0), batch_size=1)
+    with fake_tensors():
+        stage = joint_stage(paper, config)
         assert stage.bridge is None
-        batch = random_batch(c, 1, 512)
-        words, found = stage.words(stage.model(batch["pixel_values"]), batch["label"])
-        assert (
-            words.shape == (1, 768)
-            and stage.prompt_embeds(words).shape == (1, 77, 768)
-            and stage.latents(batch).shape == (1, 4, 64, 64)
-        )
+        batch = random_batch(1, 224, 512)
+        words, _ = stage.words(stage.model(batch["pixel_values"]), batch["label"])
+        assert words.shape == (1, 768) and stage.prompt_embeds(words).shape == (1, 77, 768)
+        assert stage.latents(batch).shape == (1, 4, 64, 64)
         stage(batch)["loss"].backward()
     got = {n for n, p in stage.named_parameters() if p.grad is not None}
-    assert (
-        any(n.startswith("mapper.mapper_scene") for n in got)
-        and "model.scene_queries" in got
-        and not [
-            n
-            for n in got
-            if n.startswith(("unet", "text_encoder", "vae", "model.backbone", "model.head"))
-        ]
-    )
+    frozen = ("unet", "text_encoder", "vae", "model.backbone", "model.head")
+    assert any(n.startswith("mapper.mapper_scene") for n in got) and "model.scene_queries" in got
+    assert not [n for n in got if n.startswith(frozen)]
     stage.zero_grad(set_to_none=True)
 
 
 def test_generation(paper):
-    with _fake():
-        gradients, one = generate_step(paper, 1)
-        _, two = generate_step(paper, 2)
-    assert gradients == 0 and one < two < 2.2 * one
+    with fake_tensors():
+        one, two = (generate_step(paper, k) for k in (1, 2))
+    assert one < two < 2.2 * one
 
 
 def test_fake_tensors_take_what_real_ones_take():
-    "Bytes alive in a joint step of the mini world, without and with numbers; the weights themselves, which are viewed often, are not among them."
+    "Bytes alive in a joint step without and with numbers; weights are not among them."
     config = JointConfig.preset("mini", batch_size=4, cpu=True)
-    batch = lambda: random_batch(config, 4, 64, (16, 24))
+
+    def batch():
+        return random_batch(4, 64, 64, 24)
+
     torch.manual_seed(0)
-    with _fake():
-        fake = train_step(stage_of(config), batch)
-    real = train_step(stage_of(config), batch)
+    with fake_tensors():
+        fake = train_step(joint_stage(build_parts(config, "mini", (16, 24)), config), batch)
+    real = train_step(joint_stage(build_parts(config, "mini", (16, 24)), config), batch)
     assert sum(fake) == pytest.approx(sum(real), rel=0.02)
     layer = torch.nn.Linear(1000, 1000)
-    own = Alive(layer)
+    own = MemoryTracker(layer)
     with own:
         layer(torch.zeros(1, 1000))
     assert own.peak < 10_000
 
 
-def stage_of(config):
-    p = build_parts(config, "mini", (16, 24))
-    return JointStage(
-        p.encoder, p.mapper, p.retriever, p, config, dict(scene=p.scene_text, object=p.object_text)
-    )
+# ---- every family that the README names
+
+SHAPE = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=48,
+    patch_size=8,
+)
+FAMILY_CONFIGS = dict(
+    vit=lambda: ViTConfig(**SHAPE),
+    dinov2=lambda: Dinov2Config(**SHAPE),
+    registers=lambda: Dinov2WithRegistersConfig(**SHAPE, num_register_tokens=4),
+    siglip=lambda: SiglipConfig(vision_config=SHAPE, text_config=dict(vocab_size=100)),
+    clip=lambda: CLIPConfig(
+        vision_config=SHAPE, text_config=dict(vocab_size=100), projection_dim=24
+    ),
+    half=lambda: ViTConfig(**SHAPE, dtype="float16"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_every_family_and_size(tmp_path, family, capsys):
+    "From a folder that holds a configuration alone, at its own size and at others."
+    FAMILY_CONFIGS[family]().save_pretrained(tmp_path)
+    settings = dict(backbone=str(tmp_path), batch_size=4, head_width=32)
+
+    def activations(**changes):
+        config = UnderstandingConfig.preset("mini", **{**settings, **changes})
+        table = estimate(config, precisions=("fp32",), device="cpu", names=(3, 4))
+        return table["fp32 GB"].droplevel("stage")["activations"]
+
+    own, same, small, large = (activations(image_size=s) for s in (None, 48, 32, 96))
+    assert own == same and small < own < large
+    pairs = ["-p", "backbone", str(tmp_path), "-p", "image_size", "96", "-p", "batch_size", "4"]
+    asked = ["estimate", "mini", "-s", "understanding", "--device", "cpu", *pairs]
+    assert main(asked) == 0 and "understanding, 4 images" in capsys.readouterr().out
+
+
+def test_a_size_that_is_no_multiple_of_a_patch(capsys):
+    asked = ["estimate", "mini", "-s", "understanding", "-p", "image_size", "50"]
+    assert main(asked) == 2 and "no multiple" in capsys.readouterr().err
 
 
 def test_no_memory_is_taken():
     "28 GB of numbers are estimated in a process that stays small."
-    code = "import resource; from uniemo.runs.estimate import estimate; t = estimate('paper', ('joint',), ('fp32',)); print(t['fp32 GB'].iloc[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+    code = """import resource
+from uniemo.runs.estimate import estimate
+table = estimate("paper", ("joint",), ("fp32",))
+print(table["fp32 GB"].iloc[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"""
     pytest.importorskip("resource")
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -151,9 +182,10 @@ def test_no_memory_is_taken():
 
 
 def test_knobs_do_what_they_should():
-    all_of = lambda **kw: estimate(
-        "mini", ("joint",), ("fp32",), device="cpu", names=(16, 24), **kw
-    )["fp32 GB"].droplevel(0)
+    def all_of(**settings):
+        asked = dict(device="cpu", names=(16, 24), **settings)
+        return estimate("mini", ("joint",), ("fp32",), **asked)["fp32 GB"].droplevel(0)
+
     base = all_of()
     assert (
         all_of(micro_batch=4)["activations"] < 0.5 * base["activations"]
@@ -218,7 +250,7 @@ def test_measured_within_a_fifth():
 
 
 def test_a_configuration_is_taken_as_it_is():
-    "Settings change presets only; each stage has its own kind of configuration; a moving average takes its memory."
+    "Settings change presets only; each stage has its own kind of configuration."
     first = UnderstandingConfig.preset("mini")
     with pytest.raises(ValueError, match="dataclasses.replace"):
         estimate(first, batch_size=1024)
@@ -226,7 +258,7 @@ def test_a_configuration_is_taken_as_it_is():
         estimate(first, understanding_settings=dict(batch_size=1024))
     with pytest.raises(
         ValueError,
-        match="UnderstandingConfig is not the configuration of stage 'joint', which takes JointConfig",
+        match="UnderstandingConfig is not the configuration of stage 'joint'.*takes JointConfig",
     ):
         estimate(first, ("joint",))
     with pytest.raises(

@@ -31,7 +31,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from datetime import UTC, datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import distributions
 from pathlib import Path
@@ -208,7 +208,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        "'running', 'completed', 'failed', 'interrupted', 'interactive', or 'dead': gone in silence."
+        "'running', 'completed', 'failed', 'interrupted', 'interactive', 'dead': gone in silence."
         status = self.info.get("status", "unknown")
         return "dead" if status == "running" and not is_locked(self.dir) else status
 
@@ -356,7 +356,8 @@ def _new_folder(base, experiment, run_id):
             folder.mkdir(parents=True)
             return folder
     raise FileExistsError(
-        f"{base / stem} is there already; choose another run id, or go on with: uniemo resume {stem}"
+        f"{base / stem} is there already; choose another run id, "
+        f"or go on with: uniemo resume {stem}"
     )
 
 

@@ -1,17 +1,14 @@
 "Tiny runs of the experiments: what comes out is meaningless, that it comes out is the test."
 
 import json
-import os
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from uniemo.data.emoset import EmoSet
-from uniemo.emotions import MIKELS
 from uniemo.files.shipped import shipped_folder
-from uniemo.mini.world import write_emoset
+from uniemo.mini.writing import write_emoset
 from uniemo.runs import RunFailed, find_notebook, resume, start
 
 TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
@@ -35,7 +32,8 @@ def cells(tmp_path, monkeypatch):
             exec(source["cell-02"], g)
         g.update(params)
         for i in ids:
-            exec(source[i], g)
+            # an id, or what stands in the cell
+            exec(source.get(i) or next(text for text in source.values() if i in text), g)
         return g
 
     return execute
@@ -330,113 +328,6 @@ def test_emoset_looks_into_files(cells, tmp_path):
         cells("emoset", ["cell-03", "cell-05", "cell-06"], **params, dry=False)
 
 
-def no_stages(folder, keeps):
-    "A store whose stages take no time, with the number of images that the full filter keeps each time."
-    keeps = iter(keeps)
-    folder.mkdir()
-
-    def store(stage, **params):
-        k = len(os.listdir(folder))
-        at = folder / f"{stage.__name__}-{k}"
-        at.mkdir()
-        n = 8 if stage.__name__ != "kept" else 4 if "how" in params else next(keeps)
-        images = np.random.default_rng(k).integers(0, 256, (n, 64, 64, 3), dtype=np.uint8)
-        (at / "metrics.json").write_text(json.dumps(dict(accuracy=0.5 + k % 7 / 100, kept=n)))
-        np.savez(at / "images.npz", images=images)
-        np.savez(at / "kept.npz", images=images, label=np.arange(n))
-        pd.DataFrame(dict(emotion=MIKELS.names[:n])).to_csv(at / "table.csv")
-        return at
-
-    store.code = "0" * 12
-    return store
-
-
-def test_feedback_rows(cells, tmp_path):
-    "What is measured when nothing is kept stays, such a regime counts as finished; real images beside; tables of before, without the later columns, can be shown."
-    g = cells(
-        "feedback",
-        ["cell-03", "cell-05", "regimes"],
-        display=lambda x: None,
-        sizes=[32, 48],
-        seeds=[0, 1],
-        more_rounds={"32": 3},
-        separate=False,
-    )
-    images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    q, f = g["quality"](images, np.arange(8))
-    assert 0 < q["diversity"] < 2 and g["chance_drift"](f) == g["chance_drift"](f) > 0
-    q, f = g["quality"](images[:1], np.arange(1))
-    assert np.isnan(q["diversity"]) and np.isnan(g["chance_drift"](f))
-    cells("feedback", ["cell-06"], g, store=no_stages(tmp_path / "stages", [6, 0, 5, 4, 3, 0, 0]))
-    t = g["results"]
-    assert list(t) == g["COLUMNS"]
-    full = t[t.arm == "+ full filter"].set_index(["size", "seed", "round"])
-    assert (
-        full.kept.to_dict()
-        == {
-            (32, 0, 1): 6,
-            (32, 0, 2): 0,
-            (32, 1, 1): 5,
-            (32, 1, 2): 4,
-            (32, 1, 3): 3,
-            (48, 0, 1): 0,
-            (48, 1, 1): 0,
-        }
-        and (full.accuracy.isna() == (full.kept == 0)).all()
-    )
-    assert (
-        full[["emo_a", "joint_accuracy", "candidates"]].notna().all(axis=None)
-        and full.drift_chance.notna().sum() == 4
-        and full.drift[32, 1, 1] == 0
-    )
-    assert (
-        set(full.index[full.real_emo_a.notna() & full.real_label_error.notna()])
-        == {(32, 0, 1), (32, 1, 1)}
-        and (t.arm.value_counts()[["real only", "+ further real"]] == [4, 2]).all()
-    )
-    shown = ["cell-08", "cell-10", "cell-12", "95c8b7ef", "cell-13"]
-    cells("feedback", shown, g)
-    assert g["run"].summary()["main_metric"] == "real_only_48"
-
-    def regime(size, seed):
-        raise AssertionError("all are finished")
-
-    again = cells("feedback", ["cell-06"], g, previous=str(g["run"].dir), regime=regime)["results"]
-    assert len(again) == len(t) and again.accuracy.isna().sum() == 3
-    assert list(again) == g["COLUMNS"]
-    with_words = cells(
-        "feedback",
-        ["cell-06"],
-        g,
-        previous=str(g["run"].dir),
-        separate=True,
-        store=no_stages(tmp_path / "words", [3, 4, 0, 0, 2, 1]),
-    )["results"]
-    words = with_words[with_words.arm == g["SEPARATE"]]
-    assert (
-        words.set_index(["size", "seed", "round"]).kept.to_dict()
-        == {
-            (32, 0, 1): 3,
-            (32, 0, 2): 4,
-            (32, 0, 3): 0,
-            (32, 1, 1): 0,
-            (48, 0, 1): 2,
-            (48, 1, 1): 1,
-        }
-        and (words.accuracy.isna() == (words.kept == 0)).all()
-        and len(with_words) == len(t) + 6
-        and (with_words.arm.value_counts().drop(g["SEPARATE"]) == t.arm.value_counts()).all()
-    )
-    cells("feedback", shown, g)
-    g.update(separate=False)
-    before = again.drop(columns=["drift_chance", "real_emo_a", "real_label_error"])
-    before[before.kept.ne(0)].to_csv(g["run"].dir / "results.csv", index=False)
-    with pytest.raises(AssertionError):
-        cells("feedback", ["cell-06"], g)  # the row that says so is not there, so it is done again
-    cells("feedback", ["cell-06", *shown], g, sizes=[32], seeds=[1])
-    assert g["results"]["round"].max() == 3
-
-
 @pytest.mark.parametrize(
     "name, params, says",
     [
@@ -453,5 +344,6 @@ def test_feedback_rows(cells, tmp_path):
     ],
 )
 def test_parameters_out_of_range_are_refused_at_once(cells, name, params, says):
+    first = ["cell-03"] if name == "emoset" else ["from uniemo.runs import Run", "at_least("]
     with pytest.raises(ValueError, match=says):
-        cells(name, ["cell-03"], **params)
+        cells(name, first, **params)

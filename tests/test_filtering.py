@@ -11,26 +11,21 @@ import torch
 
 from uniemo.data.checking import check
 from uniemo.data.emoset import EmoSet
+from uniemo.data.kept import read_table, write_kept
 from uniemo.emotions import MIKELS
 from uniemo.filtering import (
     CRITERIA,
     REASONS,
-    Evidence,
     FilterThresholds,
-    coverage_scores,
     facility_location,
-    facility_value,
     filter_candidates,
     filter_summary,
     fit_thresholds,
-    in_range,
-    knn_cosines,
-    nearest,
-    plot_coverage,
     plot_filtered,
-    unit,
-    write_kept,
 )
+from uniemo.measure.evidence import Evidence
+from uniemo.measure.facility import facility_value
+from uniemo.measure.neighbours import coverage_scores, nearest, unit
 from uniemo.mini.writing import write_emoset
 
 E = len(MIKELS)
@@ -152,17 +147,6 @@ def test_few_images_and_equal_images():
     )
 
 
-@pytest.mark.parametrize("block", (7, 64))
-def test_blocks_do_not_matter(block):
-    a, b = unit(draw(50, 0).features), unit(draw(90, 1).features)
-    edge = knn_cosines(b, 5, block)
-    assert (
-        torch.equal(nearest(a, b, block)[1], torch.cdist(a.double(), b.double()).argmin(1))
-        and torch.allclose(edge, knn_cosines(b, 5))
-        and torch.allclose(in_range(a, b, edge, block), in_range(a, b, edge), atol=1e-5)
-    )
-
-
 def test_every_candidate_has_a_verdict_and_the_first_reason():
     c, real = draw(800, 1, sure=2.0), draw(900, 2)
     t = quiet(c, real, fit_thresholds(draw(480, 3, sure=2.0), real), max_kept=10, cap=3)
@@ -224,7 +208,8 @@ def test_a_copy_of_a_real_image_is_named():
     c.features[8] = 3 * real.features[16]
     with pytest.warns(
         UserWarning,
-        match=r"1 of 160 candidates are images of the real set, first row 8, there row 16 \(r16.jpg\): dropped as copies",
+        match=r"1 of 160 candidates are images of the real set, first row 8, there row 16 "
+        r"\(r16.jpg\): dropped as copies",
     ):
         t = filter_candidates(c, real, loose(copy_distance=[0.0] * E), criteria=("in range",))
     assert (
@@ -245,7 +230,7 @@ def test_bad_input_is_named():
         d[f][7, 1] = bad
         with pytest.raises(ValueError, match=f"candidates: {f} of row 7 .* not finite"):
             Evidence(**d, name="candidates")
-    with pytest.raises(ValueError, match="4 real images are too few .* k = 5"):
+    with pytest.raises(ValueError, match="4 images are too few for k = 5"):
         quiet(c, real[:4], loose())
     with pytest.raises(ValueError, match="width 16, real images of 8"):
         quiet(c, draw(900, 2, d=8), loose())
@@ -319,92 +304,147 @@ def kept_table(n=16):
     return quiet(c, draw(900, 2), loose(), cap=None, criteria=())
 
 
+def names_of(data):
+    return dict(emotion=data.emotions.names, scene=data.scene_names, object=data.object_names)
+
+
+@pytest.mark.parametrize("quality", (95, None))
 @pytest.mark.parametrize("kind", ("png", "jpg", "array"))
-def test_written_set_reads_as_emoset(world, tmp_path, kind):
+def test_written_set_reads_as_emoset(world, tmp_path, kind, quality):
     data = EmoSet(world, "train")
     pictures = [data.image(i) for i in range(16)]
-    t = kept_table()
-    t.loc[3, "confidence"] = np.nan
-    if kind == "array":
-        folder = write_kept(
-            t, tmp_path / "kept", world, [np.asarray(p) for p in pictures], names="retrieved"
-        )
-    else:
-        for i, p in enumerate(pictures):
-            p.save(tmp_path / f"{i}.{kind}")
-        folder = write_kept(
-            t.assign(path=[str(tmp_path / f"{i}.{kind}") for i in range(16)]),
-            tmp_path / "kept",
-            data,
-            thresholds=loose(),
-            names="retrieved",
-        )
-        assert FilterThresholds.load(folder / "thresholds.json") == loose()
+    table = kept_table()
+    table.loc[3, "confidence"] = np.nan
+    images = [np.asarray(picture) for picture in pictures]
+    if kind != "array":
+        images = None
+        for i, picture in enumerate(pictures):
+            picture.save(tmp_path / f"{i}.{kind}")
+        table = table.assign(path=[str(tmp_path / f"{i}.{kind}") for i in range(16)])
+    how = dict(label_by="retrieved", quality=quality)
+    folder = write_kept(table, tmp_path / "kept", names_of(data), images, **how)
     assert check(folder, verbose=False).empty
-    d = EmoSet(folder, "train")
-    notes = d.read_annotations()
-    assert d.tables == data.tables and len(d) == 16
-    assert (
-        set(notes.scene.dropna()) == {"beach"}
-        and notes.scene.isna().sum() == 8
-        and all(o == ["Teddy bear"] for o in notes.object)
-    )  # spelled as in the label file
-    assert (
-        sorted(g["seed"] for g in notes.generated) == list(range(16))
-        and sum(g["scores"]["confidence"] is None for g in notes.generated) == 1
-    )
+    written = EmoSet(folder, "train")
+    notes = written.read_annotations()
+    assert names_of(written) == names_of(data)
+    assert len(written) == 16
+    # spelled as in the label file
+    assert set(notes.scene.dropna()) == {"beach"}
+    assert notes.scene.isna().sum() == 8
+    assert all(objects == ["Teddy bear"] for objects in notes.object)
+    assert sorted(g["seed"] for g in notes.generated) == list(range(16))
+    assert sum(g["scores"]["confidence"] is None for g in notes.generated) == 1
     if kind == "jpg":
-        assert {p.read_bytes() for p in (folder / "image").rglob("*.jpg")} == {
-            (tmp_path / f"{i}.jpg").read_bytes() for i in range(16)
-        }
-    assert len(pd.read_csv(folder / "candidates.csv")) == 16
+        there = {p.read_bytes() for p in (folder / "image").rglob("*.jpg")}
+        assert there == {(tmp_path / f"{i}.jpg").read_bytes() for i in range(16)}
+    elif quality is None:
+        place = [int(i.rsplit("_", 1)[1]) for i in notes.image_id]
+        for i, at in enumerate(place):
+            assert np.array_equal(np.asarray(written.image(i)), np.asarray(pictures[at]))
+    assert len(read_table(folder / "candidates.csv")) == 16
 
 
 def test_what_cannot_be_written_is_named(world, tmp_path):
+    "And leaves nothing behind that looks like a data set."
     data = EmoSet(world, "train")
-    t = kept_table()
+    table, names = kept_table(), names_of(data)
     pictures = [data.image(i) for i in range(16)]
-    with pytest.raises(ValueError, match="are the same image"):
-        write_kept(t, tmp_path / "a", data, [pictures[0]] * 16)
-    with pytest.raises(ValueError, match="3 images for 16 candidates"):
-        write_kept(t, tmp_path / "b", data, pictures[:3])
-    with pytest.raises(ValueError, match="object 'Unicorn'"):
-        write_kept(t.assign(object="Unicorn"), tmp_path / "c", data, pictures, names="retrieved")
-    with pytest.raises(ValueError, match="emotion 'joy'"):
-        write_kept(t.assign(emotion="joy"), tmp_path / "d", data, pictures)
+    cases = [
+        (table, [pictures[0]] * 16, "are the same image"),
+        (table, pictures[:3], "3 images for 16 candidates"),
+        (table.assign(object="Unicorn"), pictures, "object 'Unicorn'"),
+        (table.assign(emotion="joy"), pictures, "emotion 'joy'"),
+        (table.assign(emotion="../../outside"), pictures, "separator|step in a path"),
+    ]
+    for k, (bad, images, says) in enumerate(cases):
+        with pytest.raises(ValueError, match=says):
+            write_kept(bad, tmp_path / str(k), names, images, label_by="retrieved")
+        assert not (tmp_path / str(k)).exists()
 
 
 def test_pictures_of_awkward_tables():
     "Nothing kept, everything kept."
     import matplotlib.pyplot as plt
 
-    t, c, real = kept_table(), draw(16, 1), draw(900, 2)
+    t = kept_table()
     pictures = [np.zeros((8, 8, 3), np.uint8)] * 16
     for table in (t, t.assign(kept=False, reason="surplus", rank=-1)):
         plot_filtered(table, pictures, columns=3)
-        plot_coverage(table, c, real)
         plt.close("all")
     with pytest.raises(ValueError, match="no candidate of joy"):
         plot_filtered(t, pictures, "joy")
 
 
 def test_annotations_name_what_the_picture_shows(world, tmp_path):
-    "The likeliest names by the evidence are the annotation; what the image was made with is its provenance."
+    "The likeliest names are the annotation; what the image was made with is its provenance."
     data = EmoSet(world, "train")
-    t = kept_table()
+    table = kept_table()
     pictures = [data.image(i) for i in range(16)]
-    notes = EmoSet(write_kept(t, tmp_path / "kept", data, pictures), "train").read_annotations()
+    folder = write_kept(table, tmp_path / "kept", names_of(data), pictures)
+    notes = EmoSet(folder, "train").read_annotations()
     row = [int(i.rsplit("_", 1)[1]) for i in notes.image_id]
-    assert [n.lower() for n in notes.scene] == list(t.shown_scene[row]) and [
-        o for (o,) in notes.object
-    ] == list(t.shown_object[row])
-    assert len(set(t.shown_scene)) > 1 and all(
-        g["attributes"]["object"] == "teddy_bear" for g in notes.generated
+    assert [n.lower() for n in notes.scene] == list(table.shown_scene[row])
+    assert [o for (o,) in notes.object] == list(table.shown_object[row])
+    assert len(set(table.shown_scene)) > 1
+    assert all(g["attributes"]["object"] == "teddy_bear" for g in notes.generated)
+
+
+def test_a_table_keeps_names_as_text(tmp_path):
+    "An emotion '0' or a scene 'None' is text when it comes back; a kept one has the reason ''."
+    table = pd.DataFrame(
+        dict(
+            emotion=["0", "1"],
+            scene=["None", "NA"],
+            object=[None, "cat"],
+            confidence=[0.5, None],
+            reason=["", "copy"],
+            seed=[1, 2],
+        )
     )
+    table.to_csv(tmp_path / "table.csv", index=False)
+    back = read_table(tmp_path / "table.csv")
+    assert back.emotion.tolist() == ["0", "1"]
+    assert back.scene.tolist() == ["None", "NA"]
+    assert back.object.isna().tolist() == [True, False]
+    assert back.reason.tolist() == ["", "copy"]
+    assert back.seed.tolist() == [1, 2]
+    assert back.confidence.isna().tolist() == [False, True]
+    for again in (back, pd.read_csv(tmp_path / "table.csv", dtype={"emotion": str})):
+        counts = filter_summary(again, ("0", "1")).loc["all", ["candidates", "kept", "copy"]]
+        assert counts.tolist() == [2, 1, 1]
+
+
+WRONG = dict(
+    empty="",
+    text="{",
+    list="[]",
+    page="<!doctype html><html></html>",
+    missing=dict(margin=None),
+    infinite=dict(confidence=[float("inf")] * E),
+    nan=dict(temperature=float("nan")),
+    short=dict(margin=[0.0]),
+    words=dict(copy_distance=["x"] * E),
+    alone=dict(images=3),
+    more=dict(colour=1),
+)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_thresholds_are_read_whole_or_not_at_all(tmp_path, case):
+    path = tmp_path / "thresholds.json"
+    loose().save(path)
+    assert FilterThresholds.load(path) == loose()
+    wrong = WRONG[case]
+    if isinstance(wrong, dict):
+        content = json.loads(path.read_text()) | wrong
+        wrong = json.dumps({k: v for k, v in content.items() if v is not None})
+    path.write_text(wrong)
+    with pytest.raises(ValueError, match="thresholds|confidence|margin"):
+        FilterThresholds.load(path)
 
 
 def test_what_the_generator_said_decides_nothing():
-    "What the filter computes counts; what the candidates' table says under the same name is kept under made_, also where a filtered table is filtered again."
+    "What the filter computes counts; the candidates' own column of that name is called made_..."
     own = pd.DataFrame(
         dict(
             emotion="awe",
@@ -454,7 +494,8 @@ def test_emotions_with_few_real_images_are_named_once():
         t = filter_candidates(c, real, loose(), criteria=("in range",))
     said = [m for m in (str(w.message) for w in told) if m.startswith("in range:")]
     assert said == [
-        "in range: fewer than 50 real images of awe (5), anger (5): their candidates may lie near a real image of any emotion"
+        "in range: fewer than 50 real images of awe (5), anger (5): "
+        "their candidates may lie near a real image of any emotion"
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -111,6 +111,15 @@ if TYPE_CHECKING:
         theme,
         themed,
     )
+    from .thresholds import (
+        FilterThresholds,
+        LIMITS,
+        SAME_IMAGE,
+        attribute_margin,
+        check_evidence,
+        fit_thresholds,
+        own_confidence,
+    )
 
 _rooms = {
     "attention": ["class_attention", "pointing", "pointing_table"],
@@ -223,6 +232,15 @@ _rooms = {
         "set_finding",
         "theme",
         "themed",
+    ],
+    "thresholds": [
+        "FilterThresholds",
+        "LIMITS",
+        "SAME_IMAGE",
+        "attribute_margin",
+        "check_evidence",
+        "fit_thresholds",
+        "own_confidence",
     ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         to_images,
         weighted_velocity_loss,
     )
+    from .faults import FAULTS, faulty_candidates
     from .judge import (
         Judge,
         Judgement,
@@ -229,6 +230,7 @@ _rooms = {
         "to_images",
         "weighted_velocity_loss",
     ],
+    "faults": ["FAULTS", "faulty_candidates"],
     "judge": [
         "Judge",
         "Judgement",

@@ -175,7 +175,7 @@ def fake_tensors(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     def untouched(tensor, *args, **kwargs):  # it looks at values, which are not there
         return tensor
 
-    look_away = patch("torch.nn.init.trunc_normal_", untouched)
+    look_away = patch("torch.nn.init._no_grad_trunc_normal_", untouched)
     with default_type(dtype), look_away, FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

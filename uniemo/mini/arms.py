@@ -71,7 +71,8 @@ def weaker_clip(
 ):
     "A mini CLIP whose pre-training stopped early."
     count = 128 * min(steps, 160)
-    neutral = paint([draw_spec(800, i, neutral=True) for i in range(count)], 2, progress=False)
+    neutral = [draw_spec(800, i, neutral=True) for i in range(count)]
+    neutral = paint(neutral, workers=2, progress=False)
     torch.manual_seed(0)
     clip = build_clip(tokenizer)
     config = clip_config(steps, seed=0)

@@ -1,4 +1,5 @@
-"""Words in prompts: text towers of Stable Diffusion 1.x and 2.x, stock tokenizers, gradients, half precision, offloading; and fusion against the paper's released numbers."""
+"""Words in prompts: text towers of Stable Diffusion 1.x and 2.x, stock tokenizers, gradients, half
+precision; and fusion against the paper's released numbers."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,8 @@ golden = pytest.mark.skipif(
     not (SHARED / "golden/a.values.safetensors").exists(),
     reason=f"no golden numbers at {SHARED / 'golden'}",
 )
-# as in the text_encoder/config.json of the two, but narrow: 1.x is OpenAI's CLIP ViT-L, 2.x the first 23 of OpenCLIP ViT-H's 24 layers
+# as in the two text_encoder/config.json, but narrow: 1.x is OpenAI's CLIP ViT-L, 2.x the first
+# 23 of OpenCLIP ViT-H's 24 layers
 TOWERS = {
     "1.x": dict(
         hidden_act="quick_gelu",
@@ -47,7 +49,8 @@ PADS = {"1.x": "<|endoftext|>", "2.x": "!"}
 
 @pytest.fixture(scope="module", params=list(TOWERS))
 def stock(request):
-    "A text tower as of Stable Diffusion with random weights, and a tokenizer that does not know the placeholder and pads as the real one does."
+    """A text tower of Stable Diffusion with random weights, and a tokenizer that does not know the
+    placeholder and pads as the real one does."""
     mini = load_diffusion().tokenizer
     state = json.loads(mini.backend_tokenizer.to_str())["model"]
     vocab = {t: i for t, i in state["vocab"].items() if not t.startswith("<|")}
@@ -68,7 +71,7 @@ def stock(request):
         .eval()
         .requires_grad_(False)
     )
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)  # livelier than at initialisation
     return model, tokenizer
@@ -196,12 +199,11 @@ def test_gradient_against_finite_differences(stock):
         .eval()
         .requires_grad_(False)
     )
-    ask = lambda a, b: encode_prompts(
-        small,
-        tokenizer,
-        ["<emotion:a> in <emotion:b>", "a <emotion:a> <emotion:a>", "<emotion:b>"],
-        {"<emotion:a>": a, "<emotion:b>": b},
-    )
+
+    def ask(a, b):
+        prompts = ["<emotion:a> in <emotion:b>", "a <emotion:a> <emotion:a>", "<emotion:b>"]
+        return encode_prompts(small, tokenizer, prompts, {"<emotion:a>": a, "<emotion:b>": b})
+
     assert gradcheck(
         ask, [torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 1)]
     )
@@ -221,9 +223,11 @@ def test_gradient_belongs_to_its_own_image(stock):
 def test_no_hook_is_left(stock):
     model, tokenizer = stock
     w = torch.randn(1, model.config.hidden_size)
-    model.encoder.register_forward_pre_hook(
-        handle := lambda *a: (_ for _ in ()).throw(RuntimeError("inside"))
-    )
+
+    def fail(*args):
+        raise RuntimeError("inside")
+
+    model.encoder.register_forward_pre_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="inside"):
             encode_prompts(model, tokenizer, "<emotion>", w)
@@ -373,7 +377,7 @@ def test_fusion_as_released():
 
 
 def test_from_features_to_text_states():
-    "Fusion and conditioning together: gradients reach features, coefficients and mappers through the frozen text encoder."
+    "Gradients reach features, coefficients and mappers through the frozen text encoder."
     pipe = load_diffusion()
     encoder = pipe.text_encoder.requires_grad_(False)
     m = PseudoWordMapper(16, 128)

@@ -166,6 +166,8 @@ class TrainConfig(Settings):
     log_with: str | None = None
     # even where there is a GPU
     cpu: bool = False
+    # compile the repeated blocks: on a GPU 1.4 to 1.5 times faster, after half a minute
+    compile: bool = False
 
     def __post_init__(self):
         self.validate()

@@ -156,6 +156,9 @@ class JointStage(DenoisingPart, UnderstandingStage):
                 own |= {f"{name}.{n}": p for n, p in part.named_parameters() if p.requires_grad}
         return groups | {"mappers": (own, self.config.lr_mappers, self.config.wd_mappers)}
 
+    def repeated_blocks(self):
+        return [*super().repeated_blocks(), *self.diffusion_blocks()]
+
     def words(self, out, emotion: torch.Tensor) -> tuple:
         "Pseudo-words of an encoder's output for labels [B] or weights [B, E], and the retrieved."
         features = (out.class_features, out.scene_features, out.object_features)

@@ -227,6 +227,12 @@ class UnderstandingStage(Stage):
             groups[part] = (trained, rate, decay)
         return groups
 
+    def repeated_blocks(self):
+        blocks = list(self.model.view.layers)
+        if self.model.config.num_queries:
+            blocks += [self.model.scene_interaction, self.model.object_interaction]
+        return blocks
+
     def names(self, batch: dict) -> tuple:
         "Which names each image has: (scenes, objects), multi-hot [B, names] or None."
         scene = objects = None

@@ -33,6 +33,12 @@ class DenoisingPart:
         self.text_encoder = diffusion.text_encoder.requires_grad_(False)
         self.vae = None if cached else diffusion.vae.requires_grad_(False)
 
+    def diffusion_blocks(self) -> list:
+        "The transformer blocks of U-Net and text encoder, each of which may be compiled."
+        kinds = set(self.unet._repeated_blocks or ())
+        blocks = [part for part in self.unet.modules() if type(part).__name__ in kinds]
+        return [*blocks, *self.text_encoder.encoder.layers]
+
     def hold_frozen(self, dtype: torch.dtype):
         "Copies of U-Net and autoencoder in this type; the pipeline's own stay as they are."
         # the text encoder stays in float32: words differ by little, and it costs little

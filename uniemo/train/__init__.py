@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         build_accelerator,
         check_trained,
         choose_precision,
+        compile_blocks,
         optimizer_groups,
     )
 
@@ -80,6 +81,7 @@ _rooms = {
         "build_accelerator",
         "check_trained",
         "choose_precision",
+        "compile_blocks",
         "optimizer_groups",
     ],
 }

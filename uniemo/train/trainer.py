@@ -10,6 +10,7 @@ __all__ = [
     "check_trained",
     "choose_precision",
     "build_accelerator",
+    "compile_blocks",
     "Trainer",
 ]
 
@@ -74,6 +75,10 @@ class Stage(nn.Module):
     def counts(self, batch: dict) -> torch.Tensor | None:
         "What a loss divides by besides the number of images, [k]; None: nothing."
         return None
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        "Blocks that stand many times; each may be compiled by itself."
+        return []
 
     def hold_frozen(self, dtype: torch.dtype):
         "Keep copies of large frozen networks in this type, in which a GPU computes."
@@ -165,8 +170,26 @@ def build_accelerator(config, folder=None) -> Accelerator:
 
 
 # %% ../../nbs/train/trainer.ipynb #cell-17
+def compile_blocks(blocks: list[nn.Module]):
+    "Compile each block in its place."
+    # a block is met with every count of tokens, in training and in evaluation
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+# %% ../../nbs/train/trainer.ipynb #502696bc
 # settings that may change when a run goes on
-MAY_CHANGE = {"log_every", "save_every", "keep", "workers", "log_with", "micro_batch", "cpu"}
+MAY_CHANGE = {
+    "log_every",
+    "save_every",
+    "keep",
+    "workers",
+    "log_with",
+    "micro_batch",
+    "cpu",
+    "compile",
+}
 
 
 class Trainer:
@@ -233,6 +256,8 @@ class Trainer:
         if self.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
             stage.hold_frozen(torch.bfloat16)
         self.trained = check_trained(stage.to(self.device))
+        if self.config.compile:
+            compile_blocks(stage.repeated_blocks())
         optimizer = torch.optim.AdamW(
             optimizer_groups(stage.parameter_groups()),
             betas=self.config.betas,

@@ -343,7 +343,7 @@ def test_joint_says_what_it_needs_before_it_begins(tmp_path):
     for split in ("train", "val", "test"):
         shutil.copytree(world / "image", bare / split)
     for wrong, say in (
-        (dict(data=str(world / "image")), "no split 'train'"),
+        (dict(data=str(world / "image")), "names no scenes and no objects"),
         (dict(data=str(bare)), "names no scenes and no objects"),
         (dict(joint_settings=dict(stepz=3)), "the nearest is 'steps'"),
         (dict(mapper=dict(use_scen=False)), "did you mean 'mapper.use_scene'"),

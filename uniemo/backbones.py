@@ -85,7 +85,7 @@ class Clip(Family):
     def final(self, model, tokens):
         return model.post_layernorm(tokens[:, 0]), tokens
 
-
+# %% ../nbs/02_backbones.ipynb #32661afb
 class Vit(Family):
     "The plain vision transformer."
 
@@ -95,14 +95,14 @@ class Vit(Family):
         kind = dict(attn_implementation=config._attn_implementation, add_pooling_layer=False)
         return self.model._from_config(config, **kind)
 
-
+# %% ../nbs/02_backbones.ipynb #ee284e99
 class Dinov2(Family):
     "DINOv2."
 
     model, layers, unread = Dinov2Model, "encoder.layer", r"embeddings\.mask_token"
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-
+# %% ../nbs/02_backbones.ipynb #32b2254f
 class Dinov2WithRegisters(Dinov2):
     "DINOv2 with registers: tokens that belong to no patch."
 
@@ -111,7 +111,7 @@ class Dinov2WithRegisters(Dinov2):
     def prefix(self, config):
         return 1 + config.num_register_tokens
 
-
+# %% ../nbs/02_backbones.ipynb #2daa565f
 class Siglip(Family):
     "The vision tower of SigLIP, and of SigLIP 2 at a fixed resolution."
 
@@ -125,7 +125,7 @@ class Siglip(Family):
         tokens = model.post_layernorm(tokens)
         return (model.head(tokens) if model.use_head else tokens.mean(1)), tokens
 
-
+# %% ../nbs/02_backbones.ipynb #1d0025b7
 FAMILIES = dict(
     clip_vision_model=Clip(),
     vit=Vit(),
@@ -143,7 +143,7 @@ def _refuse(what, kind):
         remedy = ". Of SigLIP 2, take a checkpoint of fixed resolution (-patch16-224 and so on)"
     raise ValueError(f"{what} (model_type {kind!r}); known vision models: {known}{remedy}")
 
-
+# %% ../nbs/02_backbones.ipynb #9915a54a
 def _read_config(name):
     "The configuration of a folder or hub id; a broken file is named."
     path = Path(name) / "config.json"
@@ -157,7 +157,7 @@ def _read_config(name):
         said = " ".join(str(problem).split())[:200]
         raise WeightsError(f"{path} is no configuration of a model ({said}); {FETCH}") from problem
 
-
+# %% ../nbs/02_backbones.ipynb #6d49c7e5
 def vision_model(
     model: nn.Module,  # a vision model of `transformers`, or one that holds one
 ) -> PreTrainedModel:
@@ -169,7 +169,7 @@ def vision_model(
     kind = getattr(getattr(model, "config", None), "model_type", None)
     _refuse(f"no vision transformer in a {type(model).__name__}", kind)
 
-
+# %% ../nbs/02_backbones.ipynb #7eb10ac2
 def vision_config(
     name: str | Path,  # a folder or a hub id
 ) -> PretrainedConfig:
@@ -317,7 +317,7 @@ class Backbone:
             f"{self.hidden_size}, {self.image_size} px, {rows}x{columns} patches)"
         )
 
-
+# %% ../nbs/02_backbones.ipynb #dbc2a924
 def _read_normalisation(name):
     "Image mean and standard deviation of a checkpoint's preprocessor file, or None twice."
     missing = dict(
@@ -341,7 +341,7 @@ def _read_normalisation(name):
         return mean, std
     return None, None
 
-
+# %% ../nbs/02_backbones.ipynb #b9d7cba1
 def check_normalisation(
     mean: list[float] | None,  # a channel, in [0, 1]
     std: list[float] | None,
@@ -396,7 +396,7 @@ def _refuse_text(what, kind):
     if kind not in TEXT_TOWERS:
         raise ValueError(f"no text features from {what}; known: {', '.join(TEXT_TOWERS)}")
 
-
+# %% ../nbs/02_backbones.ipynb #b987e81f
 @torch.no_grad()
 def text_features(
     model: PreTrainedModel,  # a CLIP or SigLIP, or its text part
@@ -420,7 +420,7 @@ def text_features(
         features.append(_encode(model, {key: ids[key] for key in keys if key in ids}))
     return torch.cat(features)
 
-
+# %% ../nbs/02_backbones.ipynb #c4ff8fa4
 def _encode(model, ids):
     "Features [n, d_text] of token ids by a whole model or its text part."
     encode = getattr(model, "get_text_features", model)
@@ -464,7 +464,7 @@ class TextTower:
     def __call__(self, texts: list[str], batch_size: int = 256) -> Tensor:
         return text_features(self.model, self.tokenizer, texts, batch_size)
 
-
+# %% ../nbs/02_backbones.ipynb #01bd3001
 def name_text(
     name: str,  # of an attribute
     template: str = "a photo of a {}",

@@ -19,7 +19,7 @@ def _wide(x):
     "At least float32."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
+# %% ../nbs/04_losses.ipynb #7d8c1c1a
 def _as_distribution(target, logits):
     "Votes as shares that sum to 1; integer labels as they are."
     if target.ndim == 2:
@@ -34,7 +34,7 @@ def _as_distribution(target, logits):
         raise TypeError(f"labels [B] must be integers, not {target.dtype}; votes have shape [B, C]")
     return target
 
-
+# %% ../nbs/04_losses.ipynb #a33956af
 def classification_loss(
     logits: Tensor,  # [B, C]
     target: Tensor,  # labels [B], integers; or votes [B, C] of any positive sum
@@ -55,7 +55,7 @@ def temperature(
     scale = logit_scale.exp()
     return scale if limit is None else scale.clamp(max=limit)
 
-
+# %% ../nbs/04_losses.ipynb #b93b2cef
 def similarity(
     z: Tensor,  # features [B, d]
     text: Tensor,  # text features [A, d]
@@ -70,7 +70,7 @@ def similarity(
     z, text = (F.normalize(_wide(x), dim=-1) for x in (z, text))
     return scale * z @ text.to(z.dtype).T
 
-
+# %% ../nbs/04_losses.ipynb #01491027
 def vocabulary_loss(
     z: Tensor,  # [B, d]
     text: Tensor,  # [A, d], of all names of the kind
@@ -131,7 +131,7 @@ def name_loss(
         return identity_loss(z, text, names, temperature(theta, None))
     return vocabulary_loss(z, text, names, temperature(theta), count)
 
-
+# %% ../nbs/04_losses.ipynb #e778eec7
 def understanding_loss(  # noqa: PLR0913 - what is compared, and the settings of a stage
     model: nn.Module,  # an `ExpertQueryModel`
     output: Any,  # its `ExpertQueryOutput`
@@ -174,7 +174,7 @@ def word_logits(
         )
     return head.out(w)
 
-
+# %% ../nbs/04_losses.ipynb #20dba86f
 def likeliest_wrong(
     logits: Tensor,  # [B, C], the image's own
     target: Tensor,  # labels [B]
@@ -182,7 +182,7 @@ def likeliest_wrong(
     "e^-: the emotion of the highest logit beside the label."
     return logits.detach().scatter(1, target[:, None], -torch.inf).argmax(1)
 
-
+# %% ../nbs/04_losses.ipynb #06204a5d
 def triplet_loss(
     logits: Tensor,  # W_2 w [B, C]
     target: Tensor,  # labels [B]
@@ -194,7 +194,7 @@ def triplet_loss(
     wrong, right = cos.gather(1, negative[:, None]), cos.gather(1, target[:, None])
     return F.relu(margin + wrong - right).mean()
 
-
+# %% ../nbs/04_losses.ipynb #538253a1
 def condition_loss(
     logits: Tensor,  # W_2 w [B, C]
     target: Tensor,  # labels [B]
@@ -227,12 +227,12 @@ def diffusion_target(
         "known: epsilon, v_prediction, sample"
     )
 
-
+# %% ../nbs/04_losses.ipynb #b038112f
 def diffusion_loss(prediction: Tensor, target: Tensor) -> Tensor:
     "L_diff: mean squared error in float32."
     return F.mse_loss(_wide(prediction), _wide(target))
 
-
+# %% ../nbs/04_losses.ipynb #6f61053c
 def joint_loss(
     understanding: Tensor,  # L_U
     condition: Tensor,  # L_cond, with its 1e-3

@@ -183,7 +183,7 @@ class ExpertQueryConfig(PretrainedConfig):
         size = self.backbone_config.image_size
         return size if isinstance(size, int) else size[0]
 
-
+# %% ../nbs/03_queries.ipynb #24de3727
 MOST = 1024  # layers or queries: more stand only in a damaged file
 
 # %% ../nbs/03_queries.ipynb #f13669c0

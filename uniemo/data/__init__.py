@@ -7,7 +7,17 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .batches import check_tensors, make_loader
-    from .cells import column_called, image_bytes, label_numbers, names_in_cell, path_in_cell, read_frame, rename_folded, tidy_cells, vote_shares
+    from .cells import (
+        column_called,
+        image_bytes,
+        label_numbers,
+        names_in_cell,
+        path_in_cell,
+        read_frame,
+        rename_folded,
+        tidy_cells,
+        vote_shares,
+    )
     from .checking import NO_DATA, check, find_layout, find_root, load_data
     from .emoset import ATTRIBUTES, EmoSet
     from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
@@ -16,12 +26,93 @@ if TYPE_CHECKING:
     from .lookup import ImageFiles, columns_of, in_threads
     from .memory import in_memory, memory_size, random_crops
     from .mixing import MixedDataset, mix_tensors, mixing_weights, same_images
-    from .names import check_name, existing_path, fold_case, leaves_root, look_alikes, normalize_name, spellings, tidy_path
-    from .reading import DataError, Problem, check_regular, decode_text, name_content, problem_table, read_bytes, read_json
+    from .names import (
+        check_name,
+        existing_path,
+        fold_case,
+        leaves_root,
+        look_alikes,
+        normalize_name,
+        spellings,
+        tidy_path,
+    )
+    from .reading import (
+        DataError,
+        Problem,
+        check_regular,
+        decode_text,
+        name_content,
+        problem_table,
+        read_bytes,
+        read_json,
+    )
     from .sets import EmotionData, examine_all, warn_of_likeness
     from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
     from .tables import EmotionTable
-    from .transforms import ByteView, CentreCrop, NetworkView, RandomCrop, Transform, eval_transform, joint_transform, train_transform
+    from .transforms import (
+        ByteView,
+        CentreCrop,
+        NetworkView,
+        RandomCrop,
+        Transform,
+        eval_transform,
+        joint_transform,
+        train_transform,
+    )
 
-_rooms = {'batches': ['check_tensors', 'make_loader'], 'cells': ['column_called', 'image_bytes', 'label_numbers', 'names_in_cell', 'path_in_cell', 'read_frame', 'rename_folded', 'tidy_cells', 'vote_shares'], 'checking': ['NO_DATA', 'check', 'find_layout', 'find_root', 'load_data'], 'emoset': ['ATTRIBUTES', 'EmoSet'], 'folders': ['EmotionFolder', 'SPLIT_NAMES', 'folders_in', 'images_in'], 'images': ['SUFFIXES', 'read_image', 'to_rgb'], 'kept': ['SCORES', 'TEXT_COLUMNS', 'read_table', 'write_annotated', 'write_kept'], 'lookup': ['ImageFiles', 'columns_of', 'in_threads'], 'memory': ['in_memory', 'memory_size', 'random_crops'], 'mixing': ['MixedDataset', 'mix_tensors', 'mixing_weights', 'same_images'], 'names': ['check_name', 'existing_path', 'fold_case', 'leaves_root', 'look_alikes', 'normalize_name', 'spellings', 'tidy_path'], 'reading': ['DataError', 'Problem', 'check_regular', 'decode_text', 'name_content', 'problem_table', 'read_bytes', 'read_json'], 'sets': ['EmotionData', 'examine_all', 'warn_of_likeness'], 'splits': ['EmotionSplits', 'load_splits', 'open_splits', 'three_splits', 'training_images'], 'tables': ['EmotionTable'], 'transforms': ['ByteView', 'CentreCrop', 'NetworkView', 'RandomCrop', 'Transform', 'eval_transform', 'joint_transform', 'train_transform']}
+_rooms = {
+    "batches": ["check_tensors", "make_loader"],
+    "cells": [
+        "column_called",
+        "image_bytes",
+        "label_numbers",
+        "names_in_cell",
+        "path_in_cell",
+        "read_frame",
+        "rename_folded",
+        "tidy_cells",
+        "vote_shares",
+    ],
+    "checking": ["NO_DATA", "check", "find_layout", "find_root", "load_data"],
+    "emoset": ["ATTRIBUTES", "EmoSet"],
+    "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
+    "images": ["SUFFIXES", "read_image", "to_rgb"],
+    "kept": ["SCORES", "TEXT_COLUMNS", "read_table", "write_annotated", "write_kept"],
+    "lookup": ["ImageFiles", "columns_of", "in_threads"],
+    "memory": ["in_memory", "memory_size", "random_crops"],
+    "mixing": ["MixedDataset", "mix_tensors", "mixing_weights", "same_images"],
+    "names": [
+        "check_name",
+        "existing_path",
+        "fold_case",
+        "leaves_root",
+        "look_alikes",
+        "normalize_name",
+        "spellings",
+        "tidy_path",
+    ],
+    "reading": [
+        "DataError",
+        "Problem",
+        "check_regular",
+        "decode_text",
+        "name_content",
+        "problem_table",
+        "read_bytes",
+        "read_json",
+    ],
+    "sets": ["EmotionData", "examine_all", "warn_of_likeness"],
+    "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
+    "tables": ["EmotionTable"],
+    "transforms": [
+        "ByteView",
+        "CentreCrop",
+        "NetworkView",
+        "RandomCrop",
+        "Transform",
+        "eval_transform",
+        "joint_transform",
+        "train_transform",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

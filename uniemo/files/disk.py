@@ -48,7 +48,7 @@ SIGNS = [
     (rb"\0{16}", "filled with zeros, as after a crash or a broken download", FETCH),
 ]  # pattern of the first bytes, what it is, what to do
 
-
+# %% ../../nbs/files/disk.ipynb #5266efb5
 def describe_file(
     path: str | Path,  # any file
 ) -> tuple[str, str] | None:  # what its first bytes say it is, and the remedy
@@ -62,7 +62,7 @@ def describe_file(
             return what, remedy
     return None
 
-
+# %% ../../nbs/files/disk.ipynb #33ab8afc
 def check_regular(
     path: str | Path,
     error: type[Exception] = FileError,  # raised where `path` is no regular file
@@ -89,14 +89,14 @@ def flush(path: str | Path):
     finally:
         os.close(handle)
 
-
+# %% ../../nbs/files/disk.ipynb #4a279de4
 def is_disk_full(error: BaseException) -> bool:
     "Whether an error, also one of safetensors or torch that wraps it, says that the disk is full."
     said = str(error).lower()
     words = ("no space left", "storagefull", "storage full", "quota exceeded", "(os error 28)")
     return getattr(error, "errno", None) in FULL or any(word in said for word in words)
 
-
+# %% ../../nbs/files/disk.ipynb #13b081bd
 def disk_full(
     path: str | Path,  # what was to be written
     need: int | None = None,  # bytes that it takes, where known
@@ -112,7 +112,7 @@ def disk_full(
         "Free some space, or choose another folder, and start again",
     )
 
-
+# %% ../../nbs/files/disk.ipynb #82b0241e
 def write_file(
     path: str | Path,  # the file's final place; its folder is made where it is missing
     content: bytes | str | Callable[[Path], None],  # or a function that writes a file at a path

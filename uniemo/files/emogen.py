@@ -27,7 +27,7 @@ class EmoGenFiles:
     space: dict = field(default_factory=dict)  # emotion -> {"class": (mean, std)}, each [768]
     classifier: nn.Module = None  # Linear: CLIP ViT-L/14 image features [B, 768] -> logits [B, 8]
 
-
+# %% ../../nbs/files/emogen.ipynb #c31f68d4
 def read_table(
     path: Path,
 ) -> dict:
@@ -37,7 +37,7 @@ def read_table(
         raise WeightsError(f"{path} should hold a table, names with values")
     return table
 
-
+# %% ../../nbs/files/emogen.ipynb #8dfba274
 def read_coefficients(
     path: Path,
 ) -> dict[str, np.ndarray]:  # name -> [emotions], in EmoSet's order
@@ -54,7 +54,7 @@ def read_coefficients(
             raise WeightsError(f"{path}: the row of {name!r} is not finite numbers in a row")
     return rows
 
-
+# %% ../../nbs/files/emogen.ipynb #386d195f
 def read_classifier(
     path: Path,
 ) -> nn.Linear:  # CLIP ViT-L/14 image features [B, 768] -> logits [B, 8]

@@ -88,7 +88,7 @@ def read_torch(
         registry.clear_safe_globals()
         registry.add_safe_globals(before)
 
-
+# %% ../../nbs/files/pickles.ipynb #20d584ac
 def _check_records(path):
     "Torch stores its records as they are: a compressed one would grow when it is read."
     if not zipfile.is_zipfile(path):
@@ -97,7 +97,7 @@ def _check_records(path):
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise RefusedFile("compressed records, which torch does not write")
 
-
+# %% ../../nbs/files/pickles.ipynb #a5454942
 def _check_storages(content):
     "A tensor that claims more elements than are stored would grow at its first use."
     stack, seen = [content], set()
@@ -118,7 +118,7 @@ def _check_storages(content):
             if item.numel() * item.element_size() > item.untyped_storage().nbytes():
                 raise RefusedFile(f"a tensor of the shape {tuple(item.shape)} from fewer elements")
 
-
+# %% ../../nbs/files/pickles.ipynb #592067d5
 def _explain(path, problem):
     "Why a torch file was refused: the foreign names in it, what it is instead, or that it is cut."
     try:
@@ -261,7 +261,7 @@ def _then(load, look):
 
     return both
 
-
+# %% ../../nbs/files/pickles.ipynb #9d55d452
 class PlainUnpickler(pickle._Unpickler):
     "Makes nothing but what `ADMITTED` makes, and not more of it than the file's size allows."
 

@@ -166,9 +166,12 @@ def mini_networks(
     layers = [judge.backbone.embedder, *judge.backbone.encoder.stages]
     channels = [judge.config.embedding_size, *judge.config.hidden_sizes]
     weights = [torch.full((c,), 1 / len(layers)) for c in channels]
+    # what is made around the judge lies where it lies
+    device = next(judge.parameters()).device
+    clip = CLIPFeatures(*load_clip(), mean=[0.5] * 3, std=[0.5] * 3)
     return Networks(
         judge=judge,
         features=Method(judge, judge.pooled),
-        distance=LPIPS(layers, weights, (0, 0, 0), (1, 1, 1)),
-        clip=CLIPFeatures(*load_clip(), mean=[0.5] * 3, std=[0.5] * 3),
+        distance=LPIPS(layers, weights, (0, 0, 0), (1, 1, 1)).to(device),
+        clip=clip.to(device),
     )

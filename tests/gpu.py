@@ -137,7 +137,7 @@ LEAST = dict(
 def run_quickstart(folder):
     "The main job, as a user starts it; without an accelerator the least of it."
     given = {} if HAS_GPU else LEAST
-    pairs = [part for key, value in given.items() for part in ("-p", f"{key}={value}")]
+    pairs = [part for key, value in given.items() for part in ("-p", key, str(value))]
     program = "import sys; from uniemo.runs.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "run", "quickstart", *pairs]
     done = subprocess.run(

@@ -116,6 +116,7 @@ def _read_config(state, path):
     return config, sizes
 
 
+# %% ../../nbs/files/uniemo.ipynb #0089f4d9
 def _rename(state, names, path):
     "Our names and layout for the authors' weights, and which of theirs were used."
     ours, used = {}, set()
@@ -131,6 +132,7 @@ def _rename(state, names, path):
     return ours, used
 
 
+# %% ../../nbs/files/uniemo.ipynb #e5d918e4
 def _load_encoder(state, path, split=None, **settings):
     "An `ExpertQueryModel` from the authors' weights, and the names that were not used."
     config, sizes = _read_config(state, path)
@@ -169,6 +171,7 @@ class UniEmoFiles:
     checkpoint: Path = None  # the file that the encoder was read from
 
 
+# %% ../../nbs/files/uniemo.ipynb #030dac95
 def read_state(
     path: str | Path,
     content=None,  # a state dict of that file that was read already
@@ -185,6 +188,7 @@ def read_state(
     return state
 
 
+# %% ../../nbs/files/uniemo.ipynb #6dfaf857
 def read_mlp(
     path: Path,  # `mapper*.pth`
 ) -> nn.Module | None:  # Linear, ReLU, Linear; None where the file is missing
@@ -206,6 +210,7 @@ def read_mlp(
     return mapper.eval()
 
 
+# %% ../../nbs/files/uniemo.ipynb #a067925c
 def read_statistics(
     folder: Path,
     pattern: str,  # of the mean's file name, with a group `emotion` and perhaps `kind`
@@ -226,6 +231,7 @@ def read_statistics(
     return space
 
 
+# %% ../../nbs/files/uniemo.ipynb #262a3d57
 def _read_vector(path):
     "The one tensor in a torch file as a vector in float32."
     tensor = read_torch(path)

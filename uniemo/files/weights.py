@@ -48,6 +48,7 @@ class WeightsError(FileError):
     "A file of tensors that is not whole; names the file, the tensor, the remedy."
 
 
+# %% ../../nbs/files/weights.ipynb #ddb7c361
 def list_names(names, limit: int = 5) -> str:
     "The first names of a collection, and how many more there are."
     names = sorted(names)
@@ -55,6 +56,7 @@ def list_names(names, limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
+# %% ../../nbs/files/weights.ipynb #1507946e
 def is_finite(tensor: torch.Tensor) -> bool:
     "Whether a tensor holds numbers only: no NaN, no infinity. Tensors without storage pass."
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
@@ -62,6 +64,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
+# %% ../../nbs/files/weights.ipynb #35790202
 def check_tensors(
     tensors: Mapping[str, torch.Tensor],
     expected,  # names that must be there, or dict name -> shape; None: only finite
@@ -88,6 +91,7 @@ def check_tensors(
             raise WeightsError(f"{path}: {name} holds values that are not finite; {remedy}")
 
 
+# %% ../../nbs/files/weights.ipynb #66d0e3df
 def check_state(
     module: nn.Module,
     tensors: Mapping[str, torch.Tensor],  # a state dict that `module` is to load
@@ -115,6 +119,7 @@ def read_tensors(
     return tensors
 
 
+# %% ../../nbs/files/weights.ipynb #47c4209c
 def _not_tensors(path, what, remedy, problem):
     "The message for a file that should be safetensors and cannot be read as such."
     described = describe_file(path)
@@ -123,6 +128,7 @@ def _not_tensors(path, what, remedy, problem):
     return f"{path} should hold {what} and is {described[0]}: {described[1]}"
 
 
+# %% ../../nbs/files/weights.ipynb #c6419b36
 def read_metadata(
     path: str | Path,
     key: str,  # which entry of the file's metadata
@@ -138,6 +144,7 @@ def read_metadata(
         raise WeightsError(_not_tensors(path, what, remedy, problem)) from None
 
 
+# %% ../../nbs/files/weights.ipynb #11cda252
 def write_tensors(
     path: str | Path,
     tensors: Mapping[str, torch.Tensor],
@@ -191,6 +198,7 @@ def quiet():
             bars.enable_progress_bar()
 
 
+# %% ../../nbs/files/weights.ipynb #5843b40f
 def load_pretrained(
     load: Callable,  # a `from_pretrained` of transformers or diffusers
     name: str | Path,  # a folder or a hub id
@@ -234,6 +242,7 @@ def load_pretrained(
     return model
 
 
+# %% ../../nbs/files/weights.ipynb #ffabc178
 def _look_at(folder, remedy):
     "Refuse a folder with a settings file or a safetensors file that is something else."
     for path in sorted(folder.glob("*.json")):

@@ -265,6 +265,18 @@ def _normalisation(stage2):
     return dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
 
 
+def _warn_of_strange(path, left):
+    "Say which weights are left out that the authors' code would read."
+    strange = [name for name in left if not UNREAD.match(name)]
+    if strange:
+        more = " ..." if len(strange) > 5 else ""
+        warnings.warn(
+            f"{path}: {len(strange)} weights have no place in the model and were left out: "
+            f"{', '.join(strange[:5])}{more}",
+            stacklevel=3,
+        )
+
+
 # %% ../../nbs/files/uniemo.ipynb #c3db9939
 def load_uniemo(
     folder: str | Path,
@@ -290,13 +302,7 @@ def load_uniemo(
     state |= {f"Emo_classifier.{name}": tensor for name, tensor in head.items()}
     settings = {**_normalisation(path.name == "VIT_query.pth"), **settings}
     encoder, left = _load_encoder(state, path, **settings)
-    if strange := [name for name in left if not UNREAD.match(name)]:
-        more = " ..." if len(strange) > 5 else ""
-        warnings.warn(
-            f"{path}: {len(strange)} weights have no place in the model and were left out: "
-            f"{', '.join(strange[:5])}{more}",
-            stacklevel=2,
-        )
+    _warn_of_strange(path, left)
 
     # 2. mappers and emotion space
     mappers = ("mapper", "mapper_scene", "mapper_object")

@@ -135,7 +135,15 @@ if TYPE_CHECKING:
         settings_of,
         understanding,
     )
-    from .story import Source, accuracies, first_of_each, open_photographs, plot_story, summarize
+    from .story import (
+        Source,
+        accuracies,
+        first_of_each,
+        open_photographs,
+        plot_story,
+        read_choice,
+        summarize,
+    )
     from .tokens import PLACEHOLDER, POSITIONS, build_tokenizer, tokenize
     from .truth import (
         ImageSpec,
@@ -301,6 +309,7 @@ _rooms = {
         "first_of_each",
         "open_photographs",
         "plot_story",
+        "read_choice",
         "summarize",
     ],
     "tokens": ["PLACEHOLDER", "POSITIONS", "build_tokenizer", "tokenize"],

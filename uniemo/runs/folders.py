@@ -259,14 +259,15 @@ class Run:
 # %% ../../nbs/runs/folders.ipynb #0b32a3f3
 def _append_line(path, line):
     "Append a line, after mending one that a killed process left half written."
-    with open(path, "ab+") as f:
+    with open(path, "ab+", buffering=0) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(size - 1, 0))
         torn = size > 0 and f.read(1) != b"\n"
         data = (("\n" if torn else "") + line + "\n").encode()
+        rest = data
         try:
-            f.write(data)
-            f.flush()
+            while rest:
+                rest = rest[f.write(rest) :]
         except OSError as e:
             with suppress(OSError):
                 f.truncate(size)

@@ -1,5 +1,6 @@
 "Runs: what does not read well in a notebook, such as signals, hostile text and odd folders."
 
+import errno
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from filelock import FileLock
 
 from uniemo import runs
-from uniemo.runs import Run, RunFailed, folders, read_json
+from uniemo.runs import Run, RunFailed, execution, folders, read_json, threads
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "fixtures" / "tiny.ipynb"
@@ -317,3 +319,149 @@ def test_shipped_experiments_have_a_description_and_parameters():
     for name, path in runs.experiments().items():
         assert runs.describe(path), f"{name}: no block quote in its first cell"
         assert runs.read_parameters(path), f"{name}: no cell tagged 'parameters'"
+
+
+# ---- the life of a run
+
+
+def running(tmp_path, **info):
+    "A run that says it is running, with a notebook to go on with."
+    run = runs.new_run("tiny", {"steps": 3}, tmp_path, "r", given={"steps": 3}, notebook="tiny")
+    (run.dir / "source.ipynb").write_bytes(TINY.read_bytes())
+    run._set(status="running", **info)
+    return run
+
+
+def test_a_lock_decides_what_runs(tmp_path, monkeypatch):
+    "Neither a host that is gone nor a step of the clock: who holds the folder runs."
+    run = running(tmp_path, host="gone", pid=1, started="2999-01-01T00:00:00+00:00")
+    assert run.status == "dead"
+    with FileLock(run.dir / folders.LOCK):
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        assert run.status == "running" and list(runs.list_runs(tmp_path).status) == ["running"]
+        with pytest.raises(ValueError, match="is running.*uniemo resume --force r"):
+            runs.resume(run)
+    assert run.status == "dead"
+
+
+def test_resume_by_force(tmp_path):
+    "A lock that a machine left is taken over; that of a process here is not."
+    run = running(tmp_path, host="gone")
+    with FileLock(run.dir / folders.LOCK):
+        p = spawn(tmp_path, "resume", "--force", run.dir, "-q")
+        out, err = p.communicate(timeout=600)
+    assert p.returncode == 0 and "r: completed" in out, err
+    run = running(tmp_path / "here")
+    with FileLock(run.dir / folders.LOCK):
+        p = spawn(tmp_path, "resume", "--force", run.dir, "-q")
+        out, err = p.communicate(timeout=600)
+    assert p.returncode == 2 and "wait for it, or stop that process" in err
+
+
+def test_a_killed_notebook_says_what_may_have_been(tmp_path):
+    with pytest.raises(RunFailed, match="killed, perhaps out of memory: see uniemo estimate"):
+        runs.start(TINY, {"stop": "die"}, tmp_path, "bad", progress=False)
+    assert "uniemo estimate" in Run(tmp_path / "bad").info["error"]["message"]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    "From now on nothing can be written but a few bytes."
+
+    def fill():
+        def write(self, data):
+            with open(self, "wb") as f:
+                f.write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", write)
+
+    return fill
+
+
+def test_a_full_disk_is_named(tmp_path, full_disk):
+    run = runs.new_run("x", {}, tmp_path, "r")
+    before = {p.name: p.read_bytes() for p in run.dir.iterdir()}
+    full_disk()
+    with pytest.raises(OSError, match=r"disk is full: .*summary.json .*needs .*Free some space"):
+        run.summary(loss=1.0)
+    assert {p.name: p.read_bytes() for p in run.dir.iterdir()} == before  # no half of a file
+    with pytest.raises(OSError, match="disk is full"):
+        runs.new_run("x", {}, tmp_path, "second")
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_while_logging(tmp_path):
+    run = runs.new_run("x", {}, tmp_path, "r")
+    (run.dir / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="disk is full: .*metrics.jsonl"):
+        run.log(loss=1.0)
+
+
+def test_a_full_disk_while_a_notebook_runs(tmp_path, full_disk, monkeypatch):
+    "The message comes although its note cannot be written; the run is dead, and can go on."
+    save = execution.write_file
+
+    def filling(path, content):
+        if path.endswith("executed.ipynb"):
+            full_disk()
+        save(path, content)
+
+    with monkeypatch.context() as m:
+        m.setattr(execution, "write_file", lambda path, content: filling(str(path), content))
+        with pytest.raises(RunFailed, match="disk is full: .*executed.ipynb"):
+            runs.start(TINY, {}, tmp_path, "r", progress=False)
+    monkeypatch.undo()
+    assert Run(tmp_path / "r").status == "dead"
+    assert runs.resume(Run(tmp_path / "r"), progress=False).status == "completed"
+
+
+BROKEN = dict(
+    torn="{",
+    empty="",
+    array="[]",
+    number="3",
+    words='{"started": "today", "status": "completed"}',
+    odd='{"started": 5, "status": ["x"], "cells": "many"}',
+    binary="\x00\x01",
+)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_one_broken_run_hides_no_other(tmp_path, name):
+    good = runs.new_run("x", {}, tmp_path, "good", status="completed")
+    good.summary(main_metric="loss", loss=0.5)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "status.json").write_text(BROKEN[name])
+    table = runs.list_runs(tmp_path).set_index("run")
+    assert table.status["good"] == "completed" and table.metric["good"] == "loss 0.5"
+    assert table.status[name] == "unreadable"
+    assert runs.find_run("good", tmp_path).id == "good"
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"main_metric": []}'])
+def test_a_broken_summary_hides_no_other(tmp_path, record):
+    for name in ("good", "bad"):
+        runs.new_run("x", {}, tmp_path, name, status="completed")
+    (tmp_path / "bad" / "summary.json").write_text(record)
+    table = runs.list_runs(tmp_path).set_index("run")
+    assert table.status["good"] == "completed" and len(table) == 2
+
+
+def test_threads_follow_what_may_be_used(tmp_path, monkeypatch):
+    "The notebook's process gets as many threads as it may use; `env.json` says so."
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(THREADS)])
+    nb.metadata["kernelspec"] = dict(name="python3", language="python", display_name="python3")
+    nbformat.write(nb, tmp_path / "threads.ipynb")
+    run = runs.start(tmp_path / "threads.ipynb", {}, tmp_path / "runs", progress=False)
+    assert run.summary() == dict(threads="1", waits="PASSIVE")
+    assert run.env["threads"] == dict(cores=os.cpu_count(), usable=1, threads="1")
+
+
+THREADS = """import os
+from uniemo.runs import Run
+get = os.environ.get
+Run.current().summary(threads=get("OMP_NUM_THREADS"), waits=get("OMP_WAIT_POLICY"))"""

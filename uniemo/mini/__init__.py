@@ -6,6 +6,19 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .arms import (
+        ARMS,
+        MEASURES,
+        NAMES,
+        NO_ATTRIBUTES,
+        NO_INTERACTION,
+        Probes,
+        Training,
+        balanced_world,
+        measure_arm,
+        train_arm,
+        weaker_clip,
+    )
     from .autoencoder import (
         AutoencoderStage,
         LATENT_STD,
@@ -161,6 +174,19 @@ if TYPE_CHECKING:
     from .writing import label_file, read_specs, write_emoset
 
 _rooms = {
+    "arms": [
+        "ARMS",
+        "MEASURES",
+        "NAMES",
+        "NO_ATTRIBUTES",
+        "NO_INTERACTION",
+        "Probes",
+        "Training",
+        "balanced_world",
+        "measure_arm",
+        "train_arm",
+        "weaker_clip",
+    ],
     "autoencoder": [
         "AutoencoderStage",
         "LATENT_STD",

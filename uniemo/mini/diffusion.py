@@ -100,6 +100,7 @@ def diffusion_pipeline(
     )
 
 
+# %% ../../nbs/mini/diffusion.ipynb #22a0432a
 def load_diffusion(
     folder: str | Path | None = None,  # None: the shipped one
 ) -> StableDiffusionPipeline:
@@ -143,6 +144,7 @@ def sample(
     return torch.cat(images)
 
 
+# %% ../../nbs/mini/diffusion.ipynb #7ffde20b
 def to_images(pixels: torch.Tensor) -> list[np.ndarray]:
     "Pixel values [n, 3, H, W] in [-1, 1] as a list of uint8 [H, W, 3]."
     return list(((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
@@ -195,6 +197,7 @@ class PatchReadout(nn.Module):
         return self.head(features)
 
 
+# %% ../../nbs/mini/diffusion.ipynb #97809eab
 def weighted_velocity_loss(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
@@ -279,6 +282,7 @@ class DiffusionStage(Stage):
         return dict(sample_scene=shares["scene"], sample_object=shares["object"])
 
 
+# %% ../../nbs/mini/diffusion.ipynb #29d7d0ef
 def samples_to_paint(
     num: int,
     seed: int = 1,
@@ -288,6 +292,7 @@ def samples_to_paint(
     return dict(scene=scene, object=named, seed=1000 * seed + np.arange(num))
 
 
+# %% ../../nbs/mini/diffusion.ipynb #fe1b1996
 def draw_weights(
     objects: np.ndarray,  # multi-hot [n, 24]
     single: float = 0.8,  # share of the images that are drawn with one object

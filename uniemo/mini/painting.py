@@ -39,7 +39,7 @@ def _sprite(char, face):
     tile.thumbnail((TILE, TILE), Image.LANCZOS)
     return tile
 
-
+# %% ../../nbs/mini/painting.ipynb #1efc8884
 def make_sprites(
     font: str | Path,  # the file of Noto Color Emoji
     path: str | Path,  # the picture to write
@@ -77,7 +77,7 @@ def _place(rng, count):
     corners = np.array([[0, 0], [1, 1], [0, 1], [1, 0]])[:count]
     return corners * (1 - widths[:, None]) + widths[:, None] / 2, widths
 
-
+# %% ../../nbs/mini/painting.ipynb #6aa0a0f3
 def _paste(image, name, place, rng):
     "Paste an object at `place` (x, y, width), turned and perhaps mirrored; returns its mask."
     x, y, width = place
@@ -106,7 +106,7 @@ class Rendered:
     brightness: float  # factor, 0.7 to 1.2
     colorfulness: float  # factor, 0.5 to 1.3
 
-
+# %% ../../nbs/mini/painting.ipynb #580cbfd7
 def render(
     spec: ImageSpec,
     size: int = 64,  # pixels of the side
@@ -160,7 +160,7 @@ def paint_all(
     with ProcessPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(function, jobs, chunksize=50), **bar))
 
-
+# %% ../../nbs/mini/painting.ipynb #03461fd9
 def _patch_labels(rendered, spec, patch):
     "The name that covers each patch: int8 [patches], scenes first, then objects."
     side = rendered.image.width // patch

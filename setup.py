@@ -1,4 +1,4 @@
-"Everything that pip needs to know, read from settings.ini; the experiment notebooks are copied into the package as it is built."
+"Everything that pip needs to know, read from settings.ini; experiments go into the wheel."
 
 import shutil
 from configparser import ConfigParser
@@ -31,7 +31,7 @@ extras = {
 
 
 class BuildPy(build_py):
-    "`build_py` that also ships `nbs/experiments/*.ipynb` as `uniemo/experiments/`, so that `uniemo run` works after `pip install`."
+    "`build_py` that also ships the experiments, so that `uniemo run` works when installed."
 
     def experiments(self):
         return sorted((here / cfg["nbs_path"] / "experiments").glob("*.ipynb"))

@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared():
-    "Real files and golden numbers beside the checkout; tests that need them skip where they are missing."
+    "Real files and golden numbers beside the checkout; where they are missing, tests skip."
     if not SHARED.exists():
         pytest.skip(
             f"{SHARED} is missing: real files and golden numbers are not part of the project"
@@ -22,7 +22,7 @@ def shared():
 
 @pytest.fixture
 def run_again(tmp_path):
-    "Experiment name -> a copy of its notebook in which all cells stand once more: Run All, pressed twice."
+    "Experiment name -> a copy of its notebook with all cells twice: Run All, pressed twice."
 
     def copy(name):
         nb = nbformat.read(find_notebook(name), 4)

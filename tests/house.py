@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -96,7 +97,7 @@ def sidebar():
 
 
 def shelf_names(folder):
-    "The public names of each room of a shelf: {room: [name, ...]}."
+    "The names that a shelf gives, by room; one that two rooms have is asked of the room."
     table = {}
     for path in sorted(folder.glob("*.py")):
         if path.stem in ("__init__", "cli"):
@@ -104,7 +105,8 @@ def shelf_names(folder):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 table[path.stem] = sorted(ast.literal_eval(node.value))
-    return table
+    rooms_of = Counter(name for names in table.values() for name in names)
+    return {room: [n for n in names if rooms_of[n] == 1] for room, names in table.items()}
 
 
 def write_shelves():

@@ -16,7 +16,7 @@ TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    "A function that executes single cells of an experiment in this process, after its parameters, and returns their names."
+    "Executes single cells of an experiment here, after its parameters; gives their names."
     monkeypatch.setenv("UNIEMO_RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr(
         "matplotlib_inline.backend_inline.set_matplotlib_formats", lambda *args, **kwargs: None
@@ -40,7 +40,7 @@ def cells(tmp_path, monkeypatch):
 
 
 def test_understanding_is_repeatable(tmp_path, run_again):
-    "Same seed, same machine: identical summary.json, in a second process and after a second Run All, with the scores that only a known truth allows."
+    "Same seed, same machine: the same summary, in a second process and after a second Run All."
     runs = [
         start(notebook, dict(TINY, num_images=160), tmp_path, name, progress=False)
         for notebook, name in (("understanding", "a"), (run_again("understanding"), "b"))
@@ -81,7 +81,7 @@ def test_understanding_reads_a_folder_of_photographs(tmp_path):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_understanding_with_extra_images(tmp_path, in_memory):
-    "Stage 3 at any size: a folder of emotions, without scenes and objects, joins a set in EmoSet's format, decoded once or read by and by."
+    "Stage 3 at any size: a folder of emotions, without names, joins a set in EmoSet's format."
     data, more = (
         write_emoset(tmp_path / n, k, seed=k, workers=1, progress=False)
         for n, k in (("data", 160), ("more", 48))
@@ -180,13 +180,14 @@ def test_emoset_stops_where_files_are_missing(tmp_path, monkeypatch, dry):
     else:
         with pytest.raises(
             RunFailed,
-            match="21 of 21 files are missing or broken.*info.json.*clip-vit-large-patch14.*stable-diffusion-v1-5",
+            match="21 of 21 files are missing or broken.*info.json.*"
+            "clip-vit-large-patch14.*stable-diffusion-v1-5",
         ):
             start("emoset", params, tmp_path / "runs", progress=False)
 
 
 def test_emoset_by_parameters_only(tmp_path):
-    "The whole path, mini models in the place of the full ones: data read from files, latents made on the way, images, metrics; and once more where it was stopped."
+    "The whole path with mini models, and once more where it was stopped."
     tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True)
     data = write_emoset(tmp_path / "world", 64, progress=False, splits=(0.5, 0.25, 0.25))
     diffusion = shutil.copytree(shipped_folder("diffusion"), tmp_path / "sd")
@@ -279,7 +280,7 @@ def test_emoset_looks_at_its_parameters_first(cells, name, value, near):
 
 
 def test_emoset_looks_into_files(cells, tmp_path):
-    "A tokenizer's vocabulary without its merges, a file that was cut off, whence to fetch the networks."
+    "A vocabulary without its merges, a file that was cut off, where to get the networks."
     clip, sd = (shutil.copytree(shipped_folder(k), tmp_path / k) for k in ("clip", "diffusion"))
     params = dict(
         data=str(tmp_path),
@@ -288,9 +289,11 @@ def test_emoset_looks_into_files(cells, tmp_path):
         diffusion=str(sd),
         emogen=str(tmp_path),
     )
-    look = lambda: cells("emoset", ["cell-03", "cell-05"], **params)["files"].set_index(
-        ["what", "file"]
-    )
+
+    def look():
+        found = cells("emoset", ["cell-03", "cell-05"], **params)
+        return found["files"].set_index(["what", "file"])
+
     clips, diffusions = "CLIP ViT-L/14", "Stable Diffusion 1.5"
     t = look()
     assert (

@@ -1,4 +1,4 @@
-"""The files that others made, under the name that callers know. Written by hand: see `uniemo.files`."""
+"""What others made, under the name that callers know. By hand: see `uniemo.files`."""
 
 from uniemo.files.emogen import load_emogen
 from uniemo.files.uniemo import load_uniemo

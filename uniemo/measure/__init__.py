@@ -87,7 +87,6 @@ if TYPE_CHECKING:
     )
     from .pictures import grid, overlay, plot_attention
     from .plots import (
-        LIMITS,
         MEANINGS,
         heat_map,
         plot_classes,
@@ -111,7 +110,6 @@ if TYPE_CHECKING:
     )
     from .thresholds import (
         FilterThresholds,
-        LIMITS,
         SAME_IMAGE,
         attribute_margin,
         check_evidence,
@@ -201,7 +199,6 @@ _rooms = {
     ],
     "pictures": ["grid", "overlay", "plot_attention"],
     "plots": [
-        "LIMITS",
         "MEANINGS",
         "heat_map",
         "plot_classes",
@@ -231,7 +228,6 @@ _rooms = {
     ],
     "thresholds": [
         "FilterThresholds",
-        "LIMITS",
         "SAME_IMAGE",
         "attribute_margin",
         "check_evidence",

@@ -7,9 +7,7 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .arms import (
-        ARMS,
         MEASURES,
-        NAMES,
         NO_ATTRIBUTES,
         NO_INTERACTION,
         Probes,
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
     from .diffusion import (
         DiffusionStage,
         PatchReadout,
-        SAMPLING,
         SCHEDULE,
         balanced_prompts,
         build_unet,
@@ -97,7 +94,6 @@ if TYPE_CHECKING:
     from .pretraining import PartOfRun, SampleSheets, name_rates, patch_names
     from .probes import expert_movement, plot_movement, twin_images
     from .regimes import (
-        ARMS,
         COLUMNS,
         FULL,
         FeedbackSettings,
@@ -113,8 +109,6 @@ if TYPE_CHECKING:
     from .shipping import ship
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
     from .stages import (
-        NAMES,
-        SAMPLING,
         candidates,
         code_of,
         further_real,
@@ -175,9 +169,7 @@ if TYPE_CHECKING:
 
 _rooms = {
     "arms": [
-        "ARMS",
         "MEASURES",
-        "NAMES",
         "NO_ATTRIBUTES",
         "NO_INTERACTION",
         "Probes",
@@ -224,7 +216,6 @@ _rooms = {
     "diffusion": [
         "DiffusionStage",
         "PatchReadout",
-        "SAMPLING",
         "SCHEDULE",
         "balanced_prompts",
         "build_unet",
@@ -265,7 +256,6 @@ _rooms = {
     "pretraining": ["PartOfRun", "SampleSheets", "name_rates", "patch_names"],
     "probes": ["expert_movement", "plot_movement", "twin_images"],
     "regimes": [
-        "ARMS",
         "COLUMNS",
         "FULL",
         "FeedbackSettings",
@@ -281,8 +271,6 @@ _rooms = {
     "shipping": ["ship"],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
     "stages": [
-        "NAMES",
-        "SAMPLING",
         "candidates",
         "code_of",
         "further_real",

@@ -83,7 +83,7 @@ def pointing_table(
 # %% ../../nbs/measure/attention.ipynb #1ae42511
 @torch.no_grad()
 def class_attention(
-    backbone: "Backbone",  # noqa: F821 - of `uniemo.backbones`, which is no import of this shelf
+    backbone,  # a `Backbone`, which this shelf does not import
     pixel_values: torch.Tensor,  # [B, 3, H, W], normalised, on the backbone's device
 ) -> torch.Tensor:
     "Maps [layers, B, rows, columns] of the class token's attention; each sums to 1."

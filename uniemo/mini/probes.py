@@ -65,9 +65,9 @@ def _ratio_of_means(a, b):
 @themed
 def plot_movement(
     table: pd.DataFrame,  # from `expert_movement`
-    ax: "Axes | None" = None,  # noqa: F821 - matplotlib's
+    ax=None,  # noqa: F821 - matplotlib's
     title: str | None = None,  # default: the finding
-) -> "Axes":  # noqa: F821
+):  # matplotlib's Axes
     "Moves of both features when only the other attribute changes, in units of their own move."
     ax = new_axes(ax, 5.4, 2.6)
     y = np.arange(len(table))

@@ -98,7 +98,7 @@ def _row(run):
         return (run.id, None, "unreadable", "", None, None, "")
 
 
-def list_runs(runs_dir: str | os.PathLike | None = None) -> "pd.DataFrame":
+def list_runs(runs_dir: str | os.PathLike | None = None):
     "The runs under a folder with how they ended: a row a run, `COLUMNS`; times in UTC."
     import pandas as pd
 
@@ -107,7 +107,7 @@ def list_runs(runs_dir: str | os.PathLike | None = None) -> "pd.DataFrame":
 # %% ../../nbs/runs/tables.ipynb #f19feb6c
 def compare(
     runs: list[Run],  # two or more
-) -> "pd.DataFrame":  # a column a run; rows are indexed by kind and name
+):  # a column a run; rows are indexed by kind and name
     "Parameters that differ, and all summary values, of several runs."
     import pandas as pd
 

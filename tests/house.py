@@ -272,7 +272,7 @@ def process():
                 return
             self.shell.cell(cell)
             if self.shell.exc:
-                raise RuntimeError(f"{self.nb.path_}: {cell.source}") from self.shell.exc
+                raise RuntimeError(f"{self.nb.path_}: {cell.source}: {self.shell.exc!r}")
             name = re.search(r"show_doc\((?:\w+\.)?([\w.]+)", text(cell["source"]))[1]
             # nbdev looks for the line under another name, and writes None
             for data in (o.get("data", {}) for o in cell.outputs):

@@ -423,6 +423,7 @@ TEXT_TOWERS = dict(
 )
 
 
+# %% ../nbs/02_backbones.ipynb #20803974
 def _refuse_text(what, kind):
     if kind not in TEXT_TOWERS:
         raise ValueError(f"no text features from {what}; known: {', '.join(TEXT_TOWERS)}")

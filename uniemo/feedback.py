@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from .data.kept import read_table, write_kept
 from .data.names import check_name

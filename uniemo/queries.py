@@ -32,7 +32,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
-from .backbones import FAMILIES, Backbone, check_normalisation
+from .backbones import Backbone, check_normalisation
 from .emotions import MIKELS
 from .files.weights import NO_WRAPPERS, load_pretrained
 

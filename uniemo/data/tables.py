@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from uniemo.data.cells import (
     COLUMNS,

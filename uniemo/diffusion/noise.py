@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 
 from .latents import scaled_latents
 from ..files.weights import quiet
-from ..losses import diffusion_loss, diffusion_target
+from ..losses import diffusion_target
 
 
 # %% ../../nbs/diffusion/noise.ipynb #24f91966

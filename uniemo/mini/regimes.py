@@ -19,7 +19,7 @@ __all__ = [
 
 # %% ../../nbs/mini/regimes.ipynb #ffb6447f
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 

@@ -19,7 +19,6 @@ __all__ = [
 
 # %% ../../nbs/runs/estimate.ipynb #47f1dfe1
 import dataclasses
-import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext

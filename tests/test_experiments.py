@@ -11,6 +11,8 @@ from uniemo.files.shipped import shipped_folder
 from uniemo.mini.writing import write_emoset
 from uniemo.runs import RunFailed, find_notebook, resume, start
 
+# imports, and the cell that looks at parameters
+EMOSET = ["cell-03", 'check_choice("networks"']
 TINY = dict(steps=4, num_probes=20, batch_size=16, num_threads=1)
 
 
@@ -276,7 +278,7 @@ def test_emoset_looks_at_its_parameters_first(cells, name, value, near):
     with pytest.raises(
         ValueError, match=f"{name} is {value!r}: did you mean '.*'. known: .*{near}"
     ):
-        cells("emoset", ["cell-03"], **{name: value})
+        cells("emoset", EMOSET, **{name: value})
 
 
 def test_emoset_looks_into_files(cells, tmp_path):
@@ -291,7 +293,7 @@ def test_emoset_looks_into_files(cells, tmp_path):
     )
 
     def look():
-        found = cells("emoset", ["cell-03", "cell-05"], **params)
+        found = cells("emoset", [*EMOSET, "cell-05"], **params)
         return found["files"].set_index(["what", "file"])
 
     clips, diffusions = "CLIP ViT-L/14", "Stable Diffusion 1.5"
@@ -328,7 +330,7 @@ def test_emoset_looks_into_files(cells, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"CLIP ViT-L/14: model.safetensors \(broken: put it there again\)"
     ):
-        cells("emoset", ["cell-03", "cell-05", "cell-06"], **params, dry=False)
+        cells("emoset", [*EMOSET, "cell-05", "cell-06"], **params, dry=False)
 
 
 @pytest.mark.parametrize(
@@ -347,6 +349,6 @@ def test_emoset_looks_into_files(cells, tmp_path):
     ],
 )
 def test_parameters_out_of_range_are_refused_at_once(cells, name, params, says):
-    first = ["cell-03"] if name == "emoset" else ["from uniemo.runs import Run", "at_least("]
+    first = EMOSET if name == "emoset" else ["from uniemo.runs import Run", "at_least("]
     with pytest.raises(ValueError, match=says):
         cells(name, first, **params)

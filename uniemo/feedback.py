@@ -34,7 +34,6 @@ from uniemo.filtering import (
 )
 from .measure.evidence import EvidenceReader, open_image
 from .pipeline import UniEmoPipeline
-from .queries import ExpertQueryModel
 
 
 # %% ../nbs/13_feedback.ipynb #stage-files

@@ -21,13 +21,9 @@ import os
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .folders import Run, read_json, runs_folder
 from .parameters import PACKAGE, nearest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% ../../nbs/runs/tables.ipynb #597797ab
 BROKEN = (ValueError, OSError, TypeError, AttributeError, KeyError)  # what odd records lead to

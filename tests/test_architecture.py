@@ -122,9 +122,12 @@ def test_arrows_make_no_circle():
 
 LOADED = """
 import sys
+from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+theirs = set(sys.modules)  # diffusers itself asks for accelerate and scipy where they are there
 from uniemo import UniEmoPipeline
 own = [m for m in sys.modules if m.startswith("uniemo.")]
-print([m for m in ("seaborn", "scipy.stats", "papermill", "torchmetrics") if m in sys.modules])
+heavy = ("accelerate", "seaborn", "scipy.stats", "papermill", "torchmetrics")
+print([m for m in heavy if m in sys.modules and m not in theirs])
 print([m for m in own if m.startswith(("uniemo.train", "uniemo.mini", "uniemo.runs"))])
 """
 

@@ -275,9 +275,8 @@ def test_emoset_by_parameters_only(tmp_path):
     ],
 )
 def test_emoset_looks_at_its_parameters_first(cells, name, value, near):
-    with pytest.raises(
-        ValueError, match=f"{name} is {value!r}: did you mean '.*'. known: .*{near}"
-    ):
+    says = f"{name} knows .*{near}.*, not {value!r}; the nearest is"
+    with pytest.raises(ValueError, match=says):
         cells("emoset", EMOSET, **{name: value})
 
 

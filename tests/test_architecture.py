@@ -232,12 +232,12 @@ def tokens_a_line(source):
 
 
 def test_code_is_not_dense():
-    "At most 9 tokens a line of code, in the package and in the experiments."
+    "Tokens a line of code: at most 9 in the package, 10 in the experiments, which are calls."
     package = [p.read_text() for p in PACKAGE.rglob("*.py") if p.stem != "_modidx"]
     experiments = ["\n".join(code_cells(nb)) for nb in notebooks("experiments")]
-    for sources in (package, experiments):
+    for sources, most in ((package, 9), (experiments, 10)):
         counts = [tokens_a_line(s) for s in sources]
-        assert sum(c for c, _ in counts) / sum(n for _, n in counts) <= 9
+        assert sum(c for c, _ in counts) / sum(n for _, n in counts) <= most
 
 
 @pytest.mark.parametrize("nb", notebooks("experiments"), ids=lambda p: p.stem)

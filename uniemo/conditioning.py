@@ -262,6 +262,7 @@ def word_values(words, places):
     return rows, columns, torch.cat(values)
 
 
+# %% ../nbs/08_conditioning.ipynb #a09a76f9
 def encode_prompts(
     # a `CLIPTextModel`, offloaded or not
     text_encoder: torch.nn.Module,
@@ -297,6 +298,7 @@ def encode_prompts(
         return text_encoder(ids.to(device), attention_mask=mask)[0]
 
 
+# %% ../nbs/08_conditioning.ipynb #f01053da
 def check_used(words, places, prompts):
     "A `ValueError` for a word that no prompt has a place for."
     unused = [name for name in words if name not in places]

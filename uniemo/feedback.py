@@ -110,6 +110,7 @@ def _with_folder(table, folder):
     return table.assign(path=[str(folder / name) for name in table.path])
 
 
+# %% ../nbs/13_feedback.ipynb #f6e7e98d
 def read_candidates(
     folder: str | Path,  # of `generate_candidates`
 ) -> tuple[np.ndarray, pd.DataFrame]:

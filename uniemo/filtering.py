@@ -153,6 +153,7 @@ def score_candidates(
     return _beside(scores, candidates.table)
 
 
+# %% ../nbs/12_filtering.ipynb #7e8de784
 def _attributes(evidence):
     "The best attribute and its margin, and the names that are shown; nothing without names."
     if evidence.similarities is None:
@@ -388,6 +389,7 @@ def plot_filtered(
     return fig
 
 
+# %% ../nbs/12_filtering.ipynb #eace09e9
 def _plot_row(line, verdict, part, images):
     "The first images of one verdict."
     for ax in line:

@@ -135,6 +135,7 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
                 )
 
 
+# %% ../nbs/07_fusion.ipynb #41abe51b
 def check_feature(kind, feature, shape):
     "A `ValueError` unless `feature` has this `shape` ('B': any size)."
     wanted = [feature.shape[0] if size == "B" else size for size in shape]
@@ -165,6 +166,7 @@ def retrieval_query(encoder, mapper, retriever, kind, feature):
     return network(feature.to(compute_device(network))).to(feature.device)
 
 
+# %% ../nbs/07_fusion.ipynb #c3afe5b4
 def pseudo_words(
     # the `ExpertQueryModel`, for its projections
     encoder: nn.Module,

@@ -234,6 +234,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         return metrics
 
 
+# %% ../nbs/09_joint.ipynb #b70da91a
 def _check_parts(encoder, retriever):
     "Refuse an encoder without queries, or a table whose emotions are not the encoder's classes."
     if encoder.config.num_queries == 0:
@@ -286,6 +287,7 @@ def _mirroring(transform, flip=0.5):
     return replace(transform, geometry=replace(transform.geometry, flip=flip))
 
 
+# %% ../nbs/09_joint.ipynb #a5781b98
 def _with_latents(data, vae, config, folder, train):
     "A data set on disk with the latents of its images, made now where they are missing."
     if folder is None:
@@ -369,6 +371,7 @@ def train_joint(  # noqa: PLR0913 - the one door of stage 2
     return result
 
 
+# %% ../nbs/09_joint.ipynb #baf15c71
 def _check_labels(splits, encoder):
     "Refuse data whose labels, which are positions, do not mean the encoder's classes."
     there = list(splits.emotions.names)

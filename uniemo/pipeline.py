@@ -91,6 +91,7 @@ def pil_image(image) -> Image.Image:
     )
 
 
+# %% ../nbs/11_pipeline.ipynb #604a0b55
 def byte_images(images: torch.Tensor) -> np.ndarray:
     "uint8 [B, H, W, 3] of a tensor [B, 3, H, W] of bytes, or of floats in [0, 1]."
     if images.dtype != torch.uint8:
@@ -143,6 +144,7 @@ def find_pipeline(
     raise FileNotFoundError(f"{folder} holds no UniEmo pipeline: it has no {NOTE}. {what}")
 
 
+# %% ../nbs/11_pipeline.ipynb #c87a3009
 def load_parts(folder: Path, given: dict, dtype: torch.dtype | None) -> dict:
     "Models of a whole folder that are not `given`, each complete and finite or refused by name."
     index = read_json(folder / "model_index.json")
@@ -520,6 +522,7 @@ class UniEmoPipeline(WordSampler):
         return self.generate(*args, **kwargs)
 
 
+# %% ../nbs/11_pipeline.ipynb #13e62cde
 def load_diffusion_model(name: str, **kwargs) -> StableDiffusionPipeline:
     "A Stable Diffusion pipeline without its safety checker, from 'mini', a folder or a hub id."
     kwargs = dict(feature_extractor=None) | kwargs

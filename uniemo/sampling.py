@@ -51,6 +51,7 @@ def check_amount(name: str, value, most: float = math.inf):
         raise ValueError(f"{name} is a share from 0 to {most:g}, not {value}")
 
 
+# %% ../nbs/diffusion/sampling.ipynb #06bc42be
 @dataclass(frozen=True)
 class Sampling:
     "How `generate` samples."
@@ -136,6 +137,7 @@ class Sampling:
         return max(int(self.num_inference_steps * self.strength), 1)
 
 
+# %% ../nbs/diffusion/sampling.ipynb #e3c66966
 CALLBACK_TENSORS = ("latents", "prompt_embeds")
 
 
@@ -165,6 +167,7 @@ def wish_of(emotion, valence, arousal, emotions: Sequence[str]):
     return emotion
 
 
+# %% ../nbs/diffusion/sampling.ipynb #2e9d6c23
 def wishes_of(
     # any text with `<emotion>`, `<emotion:awe>`, ...
     prompt: str,
@@ -188,6 +191,7 @@ def wishes_of(
     return wishes
 
 
+# %% ../nbs/diffusion/sampling.ipynb #0acd2ce8
 def check_places(prompt, places, wish, referenced, emotions):
     "A `ValueError` where prompt and wish do not fit together."
     open_place = "<emotion>" in places

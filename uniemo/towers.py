@@ -97,6 +97,7 @@ class TextTower:
         return [m for m in modules if getattr(m, "weight", None) is matrix and is_embedding(m)]
 
 
+# %% ../nbs/diffusion/towers.ipynb #f0f20ba6
 def is_embedding(module) -> bool:
     "A language model's output layer may share the matrix; it is no embedding."
     return isinstance(module, torch.nn.Embedding)
@@ -321,6 +322,7 @@ class PromptWords:
                 )
 
 
+# %% ../nbs/diffusion/towers.ipynb #2974c49f
 def is_text(value) -> bool:
     "Whether a value is a prompt or a list of prompts."
     if isinstance(value, str):

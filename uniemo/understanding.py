@@ -187,6 +187,7 @@ def without_interaction(model: ExpertQueryModel) -> ExpertQueryModel:
 ATTRIBUTE_KINDS = ("scene", "object")
 
 
+# %% ../nbs/05_understanding.ipynb #5634b20d
 class UnderstandingStage(Stage):
     "Trains an `ExpertQueryModel` by L_U."
 
@@ -309,6 +310,7 @@ class UnderstandingStage(Stage):
         return metrics
 
 
+# %% ../nbs/05_understanding.ipynb #5fb5c98e
 def _accuracy(logits, batch):
     return (logits.detach().argmax(1) == batch["label"]).float().mean()
 
@@ -461,6 +463,7 @@ def train_understanding(
     return result
 
 
+# %% ../nbs/05_understanding.ipynb #507d05db
 def _text_of(text, backbone, splits, config):
     "Name features by kind."
     if isinstance(text, dict):

@@ -196,6 +196,7 @@ class EmotionWords:
         return Generated(images, **each, index=list(range(start, start + num_images)), **names)
 
 
+# %% ../nbs/diffusion/words.ipynb #bc66d8a8
 def is_prompt(name, value) -> bool:
     "Whether an argument of a pipeline is one text for all images."
     return "prompt" in name and isinstance(value, str)

@@ -171,6 +171,7 @@ def _folder_problems(data):
     return problems
 
 
+# %% ../../nbs/data/checking.ipynb #a29edcac
 def _summary(root, problems, counts, verbose):
     "The problems as a table, each once; printed by kind."
     table = problem_table(problems).drop_duplicates(ignore_index=True)

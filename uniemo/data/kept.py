@@ -107,6 +107,7 @@ def write_annotated(
     return root
 
 
+# %% ../../nbs/data/kept.ipynb #93b9f731
 def _write_images(root, images, notes, quality):
     "Rows of the index, one an image."
     index, seen = [], {}
@@ -209,6 +210,7 @@ def write_kept(
     return root
 
 
+# %% ../../nbs/data/kept.ipynb #02d2e588
 def _check_kept(table, images):
     "Refuse a table from which nothing can be written."
     if not table.kept.any():

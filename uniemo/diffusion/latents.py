@@ -177,6 +177,7 @@ def write_latents(
     return paths
 
 
+# %% ../../nbs/diffusion/latents.ipynb #c29d53fd
 def _save(path, array):
     with open(path, "wb") as file:
         np.save(file, array)

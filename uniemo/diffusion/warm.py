@@ -101,6 +101,7 @@ def read_features(stage, batches, names: dict, device) -> AnnotatedFeatures:
     return AnnotatedFeatures(tuple(inputs), scene, objects)
 
 
+# %% ../../nbs/diffusion/warm.ipynb #cfb29eba
 def name_targets(stage, found: AnnotatedFeatures, names: dict) -> dict:  # kind -> [n, d_token]
     "Mean embedding of each image's own names of a kind; 0 where it has none."
     targets = {}
@@ -156,6 +157,7 @@ class NamesStage(Stage):
 INPUTS = ("c", "s", "o", "alpha_scene", "alpha_object")
 
 
+# %% ../../nbs/diffusion/warm.ipynb #c5b3996c
 class CaptionsStage(NamesStage):
     "Fits a mapper so that the prompt with its word reads like the image's caption."
 
@@ -213,6 +215,7 @@ def descend(
     return float(stage.last)
 
 
+# %% ../../nbs/diffusion/warm.ipynb #4fb33390
 @contextmanager
 def resting(*networks):
     "Within this context these networks (or None) are not trained."

@@ -84,6 +84,7 @@ def look_for(
     return rows
 
 
+# %% ../../nbs/files/needed.ipynb #fad56204
 def refuse_missing(
     files: pd.DataFrame,  # rows of `look_for`
 ):

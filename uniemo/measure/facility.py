@@ -49,6 +49,7 @@ def _similarities(rows, limit):
 OPEN, CHOSEN, TOO_NEAR, GROUP_FULL = range(4)
 
 
+# %% ../../nbs/measure/facility.ipynb #2d92a50b
 class FacilityLocation:
     "A greedy choice that can say of every row why it is out: `state`, `by` which row, `column`."
 

@@ -36,6 +36,7 @@ SAME_IMAGE = 1e-4
 LIMITS = ("confidence", "margin", "copy_distance")
 
 
+# %% ../../nbs/measure/thresholds.ipynb #8fe60462
 @dataclass(frozen=True)
 class FilterThresholds:
     "What the filter asks, one number an emotion, and how it was fitted."
@@ -198,6 +199,7 @@ def fit_thresholds(
     )
 
 
+# %% ../../nbs/measure/thresholds.ipynb #654470c7
 def _distance_to_others(validation, real):
     "Distance [N] to the nearest real image; the same image in both is an error."
     distance, index = nearest(unit(validation.features), unit(real.features))

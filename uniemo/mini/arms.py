@@ -93,6 +93,7 @@ NO_INTERACTION = ("registers", "no interaction")
 NO_ATTRIBUTES = ("plain", "registers", "no attribute losses")
 
 
+# %% ../../nbs/mini/arms.ipynb #877f9012
 @dataclass(frozen=True)
 class Training:
     "One training of an arm."
@@ -164,6 +165,7 @@ class Probes:
         self.masks = [render(spec).masks for spec in self.specs]
 
 
+# %% ../../nbs/mini/arms.ipynb #4683856e
 def measure_arm(
     training: Training,
     result: StageResult,

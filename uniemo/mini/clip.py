@@ -229,6 +229,7 @@ def step_rng() -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**31, ())))
 
 
+# %% ../../nbs/mini/clip.ipynb #ac6dd6ed
 class ClipStage(Stage):
     "Pre-training of a mini CLIP; batches as `paint` gives them."
 

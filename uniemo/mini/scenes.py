@@ -18,6 +18,7 @@ from .truth import SCENES
 Color = tuple[int, int, int]
 
 
+# %% ../../nbs/mini/scenes.ipynb #d47ed253
 class Canvas:
     "A square picture with drawing in fractions of its side."
 

@@ -39,6 +39,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+# %% ../../nbs/mini/stages.ipynb #8140a332
 from ..backbones import Backbone
 from ..conditioning import caption, encode_prompts
 from ..data.kept import write_annotated

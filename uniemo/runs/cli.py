@@ -216,6 +216,7 @@ def compare_runs(context, names, runs_dir):
     print_table(rows, ["", "name", *table.columns])
 
 
+# %% ../../nbs/runs/cli.ipynb #f90c144f
 @application.command("list")
 @click.argument("name", required=False)
 def list_experiments(name):
@@ -267,6 +268,7 @@ def _json_or_text(text):
         return text
 
 
+# %% ../../nbs/runs/cli.ipynb #9dd12b67
 @application.command("estimate")
 @click.argument("name")
 @PARAMETERS
@@ -299,6 +301,7 @@ def estimate_memory(name, pairs, stages, device):
     print(f"on {about['device']}; of one process")
 
 
+# %% ../../nbs/runs/cli.ipynb #61c51ead
 def _rows_of(table):
     "The rows of an estimate, the stage's name where it begins."
     before = None

@@ -217,6 +217,7 @@ def _stage_of(config, parts):
     return UnderstandingStage(parts.encoder, config, *parts.text.values())
 
 
+# %% ../../nbs/runs/estimate.ipynb #fd8e357d
 def _measure_training(config, job, dtype):
     "Part -> (parameters, bytes) of a step of stage 1 or 2."
     images, passes = split_batch(config.batch_size, config.micro_batch, job.processes)

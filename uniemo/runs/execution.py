@@ -67,6 +67,7 @@ def _last_row(lines):
 LINES_EVERY = 30  # seconds between two lines where there is no terminal
 
 
+# %% ../../nbs/runs/execution.ipynb #7d22e5f1
 class Watch:
     "Context manager that shows how far a notebook is."
 
@@ -139,6 +140,7 @@ class Watch:
         print(f"[{time_now - self.start:6.1f} s] {text}{said}", file=self.stream, flush=True)
 
 
+# %% ../../nbs/runs/execution.ipynb #e132a180
 def _bar(total, stream):
     "A progress bar; some terminals say that they have no columns."
     from tqdm import tqdm
@@ -173,6 +175,7 @@ def _kernel_class(env):
     return OwnKernel
 
 
+# %% ../../nbs/runs/execution.ipynb #8fa7c7a0
 def _register_engine():
     "papermill's engine with our kernel, whole saving and a watcher, under the name 'uniemo'."
     import nbformat
@@ -296,6 +299,7 @@ def _problem(run, error):
     return dict(cell=run.info.get("cell"), name=name, message=message)
 
 
+# %% ../../nbs/runs/execution.ipynb #f56f81da
 def _execute(run, given, progress):
     "Execute a run's source.ipynb into executed.ipynb, and note how it ended."
     start, before = time.monotonic(), run.info.get("seconds") or 0
@@ -353,6 +357,7 @@ def _check_resumable(run):
         )
 
 
+# %% ../../nbs/runs/execution.ipynb #3674c583
 def resume(
     run: Run,
     progress: bool = True,

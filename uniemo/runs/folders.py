@@ -110,6 +110,7 @@ def device_info() -> str | None:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+# %% ../../nbs/runs/folders.ipynb #906996fb
 def environment(seed: int | None = None) -> dict:
     "What a run's numbers depend on besides its parameters."
     packages = {(d.metadata["Name"] or "").lower(): d.version for d in distributions()}
@@ -151,6 +152,7 @@ def is_locked(folder: str | os.PathLike) -> bool:
 _here = {}  # the runs of this process, by folder
 
 
+# %% ../../nbs/runs/folders.ipynb #d9578c2b
 class Run:
     "A run's folder: `log`, `figure`, `summary` for the notebook; `status`, `metrics` for others."
 
@@ -308,6 +310,7 @@ def _read_lines(path):
     return rows
 
 
+# %% ../../nbs/runs/folders.ipynb #ee5cf4fe
 def _latest(rows):
     "The rows without those that a later attempt logged again: same step, keys and texts."
 
@@ -362,6 +365,7 @@ def _new_folder(base, experiment, run_id):
     )
 
 
+# %% ../../nbs/runs/folders.ipynb #629c48f3
 def new_run(
     experiment: str,
     params: dict,

@@ -85,6 +85,7 @@ def _names(node):
     return [n.id for n in found if isinstance(n, ast.Name)]
 
 
+# %% ../../nbs/runs/keys.ipynb #468b428c
 def _imports(nodes, package) -> dict[str, str]:
     "Of import statements: local name -> the dotted name that it stands for."
     found = {}
@@ -256,6 +257,7 @@ def _named_in(table):
     return [existing_path(os.path.dirname(table), tidy_path(p)) for p in named]
 
 
+# %% ../../nbs/runs/keys.ipynb #53a85442
 def fingerprint(
     path: str | os.PathLike,
     skip: Collection[str] = (),  # absolute paths of folders that do not count

@@ -200,6 +200,7 @@ def default_type(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+# %% ../../nbs/runs/parts.ipynb #012345a6
 def random_encoder(config: UnderstandingConfig) -> ExpertQueryModel:
     "An encoder with random weights, in the type that new tensors have, for `config.image_size`."
     vision = read_config(config.backbone, "vision")

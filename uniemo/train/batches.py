@@ -194,6 +194,7 @@ def _made(data, spans, seed, device):
         yield send_to_device(data.make(start, stop), device, non_blocking=True)
 
 
+# %% ../../nbs/train/batches.ipynb #fafd8c67
 def _in_memory(data, order, spans, seed, device, train):
     for start, stop in spans:
         batch = data.batch(order(start, stop))

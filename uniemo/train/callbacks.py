@@ -219,6 +219,7 @@ class Log(Callback):
             tracker.finish()
 
 
+# %% ../../nbs/train/callbacks.ipynb #e777d6d4
 SHOWN = ("loss", "accuracy")
 
 

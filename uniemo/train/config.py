@@ -112,6 +112,7 @@ def check_choice(
             )
 
 
+# %% ../../nbs/train/config.ipynb #a0faae55
 def check_weights(
     name: str,  # of the setting, for the message
     weights: tuple,
@@ -130,6 +131,7 @@ PRECISIONS = ("no", "fp16", "bf16", "auto")
 SCHEDULES = ("cosine", "linear")
 
 
+# %% ../../nbs/train/config.ipynb #c3d8818e
 @settings
 class TrainConfig(Settings):
     "Length, batches, precision, optimiser (AdamW), and how often to log, validate and save."

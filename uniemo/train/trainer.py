@@ -95,6 +95,7 @@ class Stage(nn.Module):
         return self
 
 
+# %% ../../nbs/train/trainer.ipynb #a5af43f0
 def _is_frozen(module):
     "Whether a module has parameters, and none of them is trained."
     parameters = list(module.parameters())
@@ -192,6 +193,7 @@ MAY_CHANGE = {
 }
 
 
+# %% ../../nbs/train/trainer.ipynb #dd99f00b
 class Trainer:
     "Trains a stage, validates it, keeps everything in a folder, and goes on from there."
 

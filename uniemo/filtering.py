@@ -168,8 +168,10 @@ def _attributes(evidence):
     return pd.concat([pd.DataFrame(dict(attribute=best, margin=margin)), shown, made], axis=1)
 
 
-# %% ../nbs/12_filtering.ipynb #cell-32
+# %% ../nbs/12_filtering.ipynb #crit12
 CRITERIA = ("faithful", "clear", "in range", "diverse")
+
+# %% ../nbs/12_filtering.ipynb #cell-32
 REASONS = {
     "wrong emotion": "faithful",
     "low confidence": "faithful",

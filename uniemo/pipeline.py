@@ -13,6 +13,7 @@ __all__ = [
     "pil_image",
     "byte_images",
     "find_pipeline",
+    "read_base",
     "load_parts",
     "UniEmoPipeline",
     "load_diffusion_model",
@@ -41,7 +42,7 @@ from .conditioning import encode_prompts
 from .correlation import AttributeRetriever
 from .data.images import read_image, to_rgb
 from .data.transforms import eval_transform
-from .files.disk import read_json, write_file
+from .files.disk import FETCH, FileError, read_json, write_file
 from .files.shipped import shipped_folder
 from .files.weights import load_pretrained
 from .fusion import PseudoWordMapper, pseudo_words
@@ -142,6 +143,15 @@ def find_pipeline(
         names = ", ".join(str(path) for path in inside)
         raise FileNotFoundError(f"{folder} holds several UniEmo pipelines: give one of {names}")
     raise FileNotFoundError(f"{folder} holds no UniEmo pipeline: it has no {NOTE}. {what}")
+
+
+def read_base(path: Path) -> str | None:
+    "The diffusion model that a folder's note names; None: its parts lie in the folder."
+    note = read_json(path)
+    base = note.get("diffusion") if isinstance(note, dict) else note
+    if base is not None and not isinstance(base, str):
+        raise FileError(f"{path}: diffusion is a name or null, not {base!r}. {FETCH}")
+    return base
 
 
 # %% ../nbs/11_pipeline.ipynb #c87a3009
@@ -286,7 +296,7 @@ class UniEmoPipeline(WordSampler):
         "Load a pipeline; weights that are incomplete or not finite are refused by name."
         hub = {key: kwargs[key] for key in HUB if key in kwargs}
         folder = find_pipeline(name, kwargs.pop("revision", None), **hub)
-        base = read_json(folder / NOTE).get("diffusion")
+        base = read_base(folder / NOTE)
         kwargs.pop("safety_checker", None)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         space = kwargs.pop("space", None)
@@ -308,9 +318,13 @@ class UniEmoPipeline(WordSampler):
             own[part] = given or kind.from_pretrained(folder / part, dtype=dtype)
         beside = folder / base
         where = str(beside) if base != "mini" and beside.exists() else base
-        pipe = cls.from_diffusion(
-            load_diffusion_model(where, dtype=dtype, **kwargs), **own, space=space
-        )
+        try:
+            diffusion = load_diffusion_model(where, dtype=dtype, **kwargs)
+        except OSError as error:
+            raise FileError(
+                f"{folder / NOTE}: the diffusion model {base!r} cannot be read: {error}. {FETCH}"
+            ) from None
+        pipe = cls.from_diffusion(diffusion, **own, space=space)
         pipe.diffusion = base
         return pipe
 

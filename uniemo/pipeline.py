@@ -145,6 +145,7 @@ def find_pipeline(
     raise FileNotFoundError(f"{folder} holds no UniEmo pipeline: it has no {NOTE}. {what}")
 
 
+# %% ../nbs/11_pipeline.ipynb #6d917805
 def read_base(path: Path) -> str | None:
     "The diffusion model that a folder's note names; None: its parts lie in the folder."
     note = read_json(path)

@@ -335,9 +335,6 @@ def test_emoset_looks_into_files(cells, tmp_path):
 @pytest.mark.parametrize(
     "name, params, says",
     [
-        ("quickstart", dict(ratio=2.0), "ratio is the share"),
-        ("quickstart", dict(max_kept=0), "max_kept must be at least 1"),
-        ("quickstart", dict(num_per_emotion=0), "num_per_emotion must be at least 1"),
         ("feedback", dict(ratio=0.0), "ratio is the share"),
         ("feedback", dict(more_rounds={"150": 2}), "size 150, which is not among sizes"),
         ("feedback", dict(seeds=[]), "at least one of each"),
@@ -351,3 +348,24 @@ def test_parameters_out_of_range_are_refused_at_once(cells, name, params, says):
     first = EMOSET if name == "emoset" else ["from uniemo.runs import Run", "at_least("]
     with pytest.raises(ValueError, match=says):
         cells(name, first, **params)
+
+
+@pytest.mark.parametrize(
+    "name, params, says",
+    [
+        ("quickstart", dict(ratio="2.0"), "ratio must be below 1, not 2.0"),
+        ("quickstart", dict(max_kept="0"), "max_kept must be at least 1, not 0"),
+        ("quickstart", dict(num_per_emotion="0"), "num_per_emotion must be at least 1, not 0"),
+        ("joint", dict(num_images="0"), "num_images must be at least 1, not 0"),
+        ("understanding", dict(processes="0"), "processes must be at least 1, not 0"),
+        ("experts", dict(sizes="[300, 0]"), "sizes must be at least 1, not 0"),
+        ("feedback", dict(rounds="0"), "rounds must be at least 1, not 0"),
+        ("emoset", dict(num_real="0"), "num_real must be at least 1, not 0"),
+        ("evaluate", dict(num_train="-5"), "num_train must be at least 1, not -5"),
+        ("controls", dict(num_images="0"), "num_images must be at least 1, not 0"),
+    ],
+)
+def test_what_a_comment_rules_out_is_refused_before_the_first_cell(tmp_path, name, params, says):
+    with pytest.raises(ValueError, match=says):
+        start(name, params, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -146,13 +146,14 @@ def understanding(
     folder: str | Path,
     data: dict | str,
     config: dict,  # of an `UnderstandingConfig`
-    backbone: str = "mini",
+    backbone: str | None = None,  # "mini", a folder or a hub id; None: the configuration's
     extra: dict | None = None,  # stage 3: `images`, a folder of kept ones; `ratio`, `weight`
     run=None,
     progress: bool = False,
 ):
     "Stage 1, or 3 with `extra`: `train_understanding` on images in memory."
     config = UnderstandingConfig(**config)
+    backbone = backbone or config.backbone
     where, size = model_folder(backbone), config.image_size
     network = Backbone.from_pretrained(where, image_size=size, dtype=torch.float32)
     view = NetworkView(network.image_size, tuple(network.image_mean), tuple(network.image_std))
@@ -199,7 +200,7 @@ def joint(
     config = JointConfig(**config)
     model = ExpertQueryModel.from_pretrained(Path(encoder) / "model")
     splits = load_world(data, encoder_view(model), config.vae_size)
-    how = {"text": "mini", "progress": False, **how}
+    how = {"text": config.backbone, "progress": False, **how}
     result = train_joint(splits, config, model, diffusion, folder=folder, mapper=mapper, **how)
     pipe = UniEmoPipeline.from_diffusion(**result.parts)
     pipe.space = _space(splits, pipe.encoder, space)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..diffusion.latents import image_side
 from ..joint import JointConfig
 from ..measure.intervals import mean_interval
 from uniemo.mini.stages import (
@@ -46,6 +47,8 @@ class Budget:
     num_test: int = 1000
     understanding_steps: int = 240
     joint_steps: int = 240  # also those of an inversion
+    backbone: str = "mini"  # CLIP: "mini", a folder or a hub id
+    diffusion: str = "mini"  # Stable Diffusion, likewise
     num_per_emotion: int = 20  # generated images
     guidance_scale: float = 4.0
     num_inference_steps: int = 20
@@ -58,12 +61,15 @@ class Budget:
     def first(self, seed: int) -> dict:
         "Settings of stage 1."
         steps = dict(epochs=None, steps=self.understanding_steps, eval_every=80)
-        return settings_of(UnderstandingConfig.preset("mini", seed=seed, **steps))
+        how = dict(seed=seed, backbone=self.backbone, **steps)
+        return settings_of(UnderstandingConfig.preset("mini", **how))
 
     def second(self, seed: int, **changes) -> dict:
         "Settings of stage 2."
         steps = dict(steps=self.joint_steps, eval_every=80)
-        return settings_of(JointConfig.preset("mini", **{"seed": seed, **steps, **changes}))
+        models = dict(backbone=self.backbone, vae_size=image_side(self.diffusion))
+        how = {"seed": seed, **models, **steps, **changes}
+        return settings_of(JointConfig.preset("mini", **how))
 
     def sampling(self) -> dict:
         "How images are drawn."

@@ -43,14 +43,17 @@ if TYPE_CHECKING:
         runs_folder,
         write_json,
     )
+    from .grids import Grid, RANGE, cell_name, read_grid, read_values
     from .keys import Module, SHOWS, TABLES, fingerprint, reached, read_module, source_hash
     from .parameters import (
         COMPUTED,
+        HOLDS,
         HOW_TO_WRITE,
         KINDS,
         PACKAGE,
         Parameter,
         at_least,
+        check_limits,
         check_parameters,
         coerce,
         describe,
@@ -93,7 +96,7 @@ if TYPE_CHECKING:
         published,
         show_metrics,
     )
-    from .threads import cgroup_quota, describe_threads, thread_settings, usable_cores
+    from .threads import cgroup_quota, describe_threads, thread_settings, usable_cores, use_threads
 
 _rooms = {
     "estimate": [
@@ -133,14 +136,17 @@ _rooms = {
         "runs_folder",
         "write_json",
     ],
+    "grids": ["Grid", "RANGE", "cell_name", "read_grid", "read_values"],
     "keys": ["Module", "SHOWS", "TABLES", "fingerprint", "reached", "read_module", "source_hash"],
     "parameters": [
         "COMPUTED",
+        "HOLDS",
         "HOW_TO_WRITE",
         "KINDS",
         "PACKAGE",
         "Parameter",
         "at_least",
+        "check_limits",
         "check_parameters",
         "coerce",
         "describe",
@@ -183,6 +189,12 @@ _rooms = {
         "published",
         "show_metrics",
     ],
-    "threads": ["cgroup_quota", "describe_threads", "thread_settings", "usable_cores"],
+    "threads": [
+        "cgroup_quota",
+        "describe_threads",
+        "thread_settings",
+        "usable_cores",
+        "use_threads",
+    ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -68,7 +68,10 @@ def fault_of(error: Exception, folder: Path) -> str | None:
     "What is not clear about an error, or None."
     if isinstance(error, DataError):
         return None if error.path and error.problem and error.remedy else "parts are missing"
-    if not isinstance(error, ValueError) or isinstance(error, UnicodeError | json.JSONDecodeError):
+    # a missing file in our words, not in the system's ("[Errno 2] ...")
+    missing = isinstance(error, FileNotFoundError) and error.errno is None
+    raw = isinstance(error, UnicodeError | json.JSONDecodeError)
+    if raw or not (missing or isinstance(error, ValueError)):
         return "obscure"
     names = [p.name for p in folder.rglob("*")] + [str(folder)]
     if not any(name in str(error) for name in names):

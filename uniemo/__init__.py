@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # for editors and type checkers
+    from .explore.page import demo as demo
     from .pipeline import UniEmoPipeline as UniEmoPipeline
 
 __version__ = "0.1.0"
@@ -22,4 +23,8 @@ def __getattr__(name):
         from .pipeline import UniEmoPipeline
 
         return UniEmoPipeline
+    if name == "demo":
+        from .explore.page import demo
+
+        return demo
     raise AttributeError(f"module 'uniemo' has no attribute {name!r}")

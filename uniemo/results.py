@@ -7,6 +7,7 @@ __all__ = ["crop_to", "Understanding", "Generated"]
 
 # %% ../nbs/diffusion/results.ipynb #76ad514e
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Understanding:
     similarities: dict = field(default_factory=dict)
     # kind -> attention of its queries [B, H, W]
     maps: dict = field(default_factory=dict)
+    # distance [B] from the training images; above 1 an image is unlike them
+    novelty: np.ndarray | None = None
 
     def __len__(self):
         return len(self.images)
@@ -57,12 +60,34 @@ class Understanding:
         "Its probability, [B]."
         return self.probabilities.max(1)
 
+    @property
+    def unlike(self) -> np.ndarray | None:
+        "Whether each image is unlike the training images, bool [B]; None where nobody knows."
+        return None if self.novelty is None else self.novelty > 1
+
+    def warn_unlike(
+        self,
+        trained_on: str | None = None,  # what the training images were
+    ):
+        "A warning where half of the images or more are unlike the training images."
+        # a few of many are so by chance: the table says which
+        if self.unlike is None or self.unlike.mean() < 0.5:
+            return
+        known = f" ({trained_on})" if trained_on else ""
+        warnings.warn(
+            f"{self.unlike.sum()} of {len(self)} images are unlike what this model was trained "
+            f"on{known}: what it says of them means little",
+            stacklevel=3,
+        )
+
     def to_pandas(self) -> pd.DataFrame:
-        "One row an image: emotion, confidence, names, similarities, all probabilities."
+        "One row an image: emotion, confidence, names, similarities, novelty, all probabilities."
         nothing = [None] * len(self)
         columns = dict(emotion=self.emotion, confidence=self.confidence)
         columns |= dict(scene=self.scene or nothing, object=self.object or nothing)
         columns |= {f"{kind}_similarity": value for kind, value in self.similarities.items()}
+        if self.novelty is not None:
+            columns |= dict(novelty=self.novelty, unlike=self.unlike)
         columns |= dict(zip(self.emotions, self.probabilities.T))
         return pd.DataFrame(columns)
 
@@ -72,6 +97,8 @@ class Understanding:
 
         images = self.images[:count]
         titles = [f"{e} {p:.2f}" for e, p in zip(self.emotion, self.confidence)][:count]
+        if self.unlike is not None:
+            titles = [t + " (unlike)" * bool(u) for t, u in zip(titles, self.unlike)]
         if not self.maps:
             return grid(images, titles, ncols=min(count, len(self)))
         squares = [np.asarray(crop_to(image)) for image in images]

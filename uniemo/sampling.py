@@ -15,11 +15,9 @@ __all__ = [
     "without_words",
     "wish_text",
     "guide",
-    "WordSampler",
 ]
 
 # %% ../nbs/diffusion/sampling.ipynb #9212ae56
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,12 +25,10 @@ from difflib import get_close_matches
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from .conditioning import split_prompt
-from .space import mixture_weights, valence_arousal_mixture
+from .emotions import mixture_weights, valence_arousal_mixture
 
 
 # %% ../nbs/diffusion/sampling.ipynb #6075a704
@@ -252,146 +248,3 @@ def guide(
         direction = neutral - negative + intensity * (emotional - neutral)
         prediction = negative + scale * direction
     return rescale_noise_cfg(prediction, parts[-1], rescale) if rescale else prediction
-
-
-# %% ../nbs/diffusion/sampling.ipynb #13e78d59
-class WordSampler(DiffusionPipeline):
-    "What a pipeline with `vae`, `unet` and `scheduler` needs to sample under a word."
-
-    _callback_tensor_inputs = list(CALLBACK_TENSORS)
-
-    def prepare_sampling(self):
-        "Called once the parts are registered."
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    @property
-    def image_size(self) -> int:
-        "Side of generated images unless told, in pixels."
-        return self.unet.config.sample_size * self.vae_scale_factor
-
-    @property
-    def guidance_scale(self) -> float:
-        "Of the step that runs; a callback may set `_guidance_scale`."
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        "Whether this step is guided."
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        "Steps of the batch that runs."
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        "Whether a callback has asked to leave out the remaining steps."
-        return self._interrupt
-
-    def sides(self, sampling: Sampling) -> tuple[int, int]:
-        "Height and width in pixels; a `ValueError` where the U-Net cannot halve them often enough."
-        factor = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        sides = dict(height=sampling.height, width=sampling.width)
-        sides = {name: value or self.image_size for name, value in sides.items()}
-        for name, value in sides.items():
-            if value % factor:
-                near = round(value / factor) * factor or factor
-                raise ValueError(
-                    f"{name} must be a multiple of {factor}, not {value}; {near} is one"
-                )
-        return sides["height"], sides["width"]
-
-    def start_latents(
-        self,
-        # one for each image
-        generators: Sequence[torch.Generator],
-        # height and width in pixels
-        sides: tuple[int, int],
-        sampling: Sampling,
-        # [B, 3, H, W] in [-1, 1] of images to edit
-        pixels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        "Noise [B, C, h, w] and all timesteps; or noised `pixels` and the last timesteps."
-        device, dtype = self._execution_device, self.unet.dtype
-        steps = sampling.num_inference_steps
-        self.scheduler.set_timesteps(steps, device=device)
-        timesteps = self.scheduler.timesteps
-        shape = [self.unet.config.in_channels, *(side // self.vae_scale_factor for side in sides)]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        noise = noise.to(device, dtype)
-        if pixels is None:
-            return noise * self.scheduler.init_noise_sigma, timesteps
-
-        begin = max(steps - sampling.steps(editing=True), 0) * self.scheduler.order
-        timesteps = timesteps[begin:]
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(begin)
-        posterior = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist
-        clean = posterior.mean.to(dtype) * self.vae.config.scaling_factor
-        return self.scheduler.add_noise(clean, noise, timesteps[:1].expand(len(noise))), timesteps
-
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        # [k, B, tokens, d]: negative, neutral, emotional prompt, as far as needed
-        embeds: torch.Tensor,
-        timesteps: torch.Tensor,
-        generators: Sequence[torch.Generator],
-        sampling: Sampling,
-        # its `update` is called after each step
-        progress_bar,
-    ) -> torch.Tensor:
-        "Run the scheduler over `timesteps`: the latents of images."
-        embeds = embeds.flatten(0, 1)
-        count = len(latents)
-        self._guidance_scale = sampling.guidance_scale
-        self._num_timesteps = len(timesteps)
-        self._interrupt = False
-        accepts = inspect.signature(self.scheduler.step).parameters
-        extra = dict(generator=generators) if "generator" in accepts else {}
-        for i, t in enumerate(timesteps):
-            if self._interrupt:
-                break
-            # 1. one pass for all prompts
-            copies = len(embeds) // count
-            repeated = torch.cat([latents] * copies) if copies > 1 else latents
-            model_input = self.scheduler.scale_model_input(repeated, t)
-            out = self.unet(model_input, t, encoder_hidden_states=embeds, return_dict=False)[0]
-            # 2. guidance
-            noise = guide(
-                out.unflatten(0, (copies, count)),
-                sampling.guided,
-                self._guidance_scale,
-                sampling.intensity,
-                sampling.guidance_rescale,
-            )
-            # 3. one step
-            latents = self.scheduler.step(noise, t, latents, **extra, return_dict=False)[0]
-            if sampling.callback_on_step_end is not None:
-                latents, embeds = self.call_back(i, t, latents, embeds, sampling)
-            progress_bar.update()
-        return latents
-
-    def call_back(self, i, t, latents, embeds, sampling):
-        "Latents and embeddings [k * B, tokens, d] as the callback wants them."
-        tensors = dict(latents=latents, prompt_embeds=embeds)
-        asked = {name: tensors[name] for name in sampling.callback_on_step_end_tensor_inputs}
-        changed = sampling.callback_on_step_end(self, i, t, asked) or {}
-        given = changed.get("prompt_embeds", embeds)
-        count = len(latents)
-        wanted = embeds.shape
-        if sampling.guided and not self.do_classifier_free_guidance and len(embeds) > count:
-            # guidance ends here; diffusers' cutoff keeps the last row, right for one image
-            wanted = embeds[-count:].shape
-            given = given if len(given) == count else embeds[-count:]
-        if given.shape != wanted:
-            raise ValueError(
-                f"the callback gave prompt_embeds {list(given.shape)} "
-                f"where {list(wanted)} are needed"
-            )
-        return changed.get("latents", latents), given

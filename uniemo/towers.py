@@ -21,7 +21,6 @@ __all__ = [
 import copy
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,24 +34,51 @@ from .fusion import compute_device
 
 # %% ../nbs/diffusion/towers.ipynb #7ef144d7
 FAMILIES = {
-    "Stable Diffusion 1.x and 2.x": r"StableDiffusion(?!3|XL)\w*|LatentConsistencyModel\w*",
-    "Stable Diffusion XL": r"StableDiffusionXL\w*",
-    "Stable Diffusion 3": r"StableDiffusion3\w*",
-    "FLUX.1": r"Flux(?!2)\w*",
-    "PixArt-Sigma": r"PixArtSigma\w*",
-    "Sana": r"Sana(?!Video)\w*",
-    "Z-Image": r"ZImage\w*",
+    "Stable Diffusion 1.x and 2.x": (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    ),
+    "Stable Diffusion XL": (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+    ),
+    "Stable Diffusion 3": (
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+    ),
+    "FLUX.1": (
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxControlNetPipeline",
+    ),
+    "PixArt-Sigma": ("PixArtSigmaPipeline",),
+    "Sana": ("SanaPipeline", "SanaControlNetPipeline", "SanaSprintPipeline"),
+    "Z-Image": ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
 }
 
 
 def family_of(pipe: DiffusionPipeline) -> str:
     "The family of a pipeline, by its class; a `ValueError` names those that are supported."
-    name = type(pipe).__name__
-    for family, pattern in FAMILIES.items():
-        if re.fullmatch(pattern, name) and hasattr(pipe, "encode_prompt"):
+    classes = {kind.__name__ for kind in type(pipe).__mro__}
+    for family, names in FAMILIES.items():
+        if classes & set(names):
             return family
     raise ValueError(
-        f"words cannot be put into a {name}: supported are pipelines of {', '.join(FAMILIES)}"
+        f"words cannot be put into a {type(pipe).__name__}: supported are pipelines of "
+        f"{', '.join(FAMILIES)}, the classes in uniemo.towers.FAMILIES and those made from them"
     )
 
 
@@ -90,11 +116,19 @@ class TextTower:
         special = set(self.original_tokenizer.all_special_ids)
         return next(i for i in range(len(self.original_tokenizer)) if i not in special)
 
+    def outdated(self, pipe: DiffusionPipeline) -> bool:
+        "Whether a pipeline has another encoder or tokenizer by now, or the latter has learned."
+        own = getattr(pipe, self.name), getattr(pipe, self.tokenizer_name)
+        if own != (self.encoder, self.original_tokenizer):
+            return True
+        known = self.original_tokenizer.get_added_vocab()
+        return not set(known) <= set(self.tokenizer.get_added_vocab())
+
     def embeddings(self) -> list[torch.nn.Module]:
-        "Every embedding module over the token matrix: T5 keeps two, and calls the other."
-        matrix = self.encoder.get_input_embeddings().weight
+        "Every embedding over the tokens: T5 keeps two, and offloaded, they share no memory."
+        size = self.encoder.get_input_embeddings().weight.shape
         modules = self.encoder.modules()
-        return [m for m in modules if getattr(m, "weight", None) is matrix and is_embedding(m)]
+        return [m for m in modules if is_embedding(m) and m.weight.shape == size]
 
 
 # %% ../nbs/diffusion/towers.ipynb #f0f20ba6
@@ -249,6 +283,8 @@ class PromptWords:
     def active(self) -> Iterator["PromptWords"]:
         "The pipeline reads placeholders; it is as before afterwards, also after an error."
         pipe = self.pipe
+        if "encode_prompt" in vars(pipe):
+            raise RuntimeError("this pipeline reads words already: one `with` at a time")
         with ExitStack() as stack:
             for words in self.words:
                 stack.enter_context(words.hooked())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .boxes import box_mask, boxes_in_cell
 from uniemo.data.cells import (
     COLUMNS,
     LABELS,
@@ -25,6 +26,7 @@ from uniemo.data.cells import (
     path_in_cell,
     read_frame,
     rename_folded,
+    spread_votes,
     tidy_cells,
     vote_shares,
 )
@@ -212,13 +214,25 @@ class EmotionTable(EmotionData):
         kinds = ("scene", "object")
         return {k: self.columns[k][i] for k in kinds if self.columns[k][i] is not None}
 
+    def mask(
+        self,
+        i: int,
+        size: int,  # side of the mask in pixels
+        box_format: str = "xyxy",  # corners; or "xywh": corner and size, as COCO has it
+    ) -> np.ndarray:
+        "Where the boxes of image `i` are, bool [size, size] of the central square."
+        if "boxes" not in self.columns:
+            raise DataError(self._file, "no boxes", "Add a column 'boxes' or 'bbox'")
+        boxes = boxes_in_cell(self.columns["boxes"][i], self.columns["path"][i])
+        return box_mask(boxes, self.image(i).size, size, box_format)
+
     def where(self, row: int) -> str:
         "A row as a spreadsheet counts it, the header being row 1."
         return f"{self._file}, row {row + 2}"
 
     def _read_index(self):
         # 1. the table, and which of its columns are what
-        table, file = read_frame(self._file), self._file
+        table, file = self._frame(), self._file
         path = column_called(table, PATHS, file)
         label = column_called(table, LABELS, file, needed=False)
         for name in {label, "split", "scene"} & set(table.columns):
@@ -230,6 +244,8 @@ class EmotionTable(EmotionData):
         # 3. columns
         columns = self._paths(table[path].iloc[rows], rows)
         columns["scene"], columns["object"] = scenes[rows], objects[rows]
+        if "boxes" in table:
+            columns["boxes"] = table["boxes"].to_numpy(object)[rows]
         problems += _cell_problems(
             self, rows, odd[rows], "Write 'a; b' or a JSON list of names, or leave it empty"
         )
@@ -243,9 +259,13 @@ class EmotionTable(EmotionData):
         problems += _name_problems(self, rows, "object", columns["object"], self.object_names)
         return columns, sorted(problems, key=lambda p: -1 if p.row is None else p.row)
 
+    def _frame(self):
+        return read_frame(self._file)
+
     def _find_emotions(self, table, label):
         "Set the label set; the table with votes named after it, and whether it has votes."
         given = self._given[0]
+        table = spread_votes(table, given or MIKELS, self._file)
         table = rename_folded(table, given or MIKELS)
         self.emotions = given or _guess_emotions(self, table, label)
         table = rename_folded(table, self.emotions)

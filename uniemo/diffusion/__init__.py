@@ -22,6 +22,16 @@ if TYPE_CHECKING:
         write_latents,
     )
     from .noise import DenoisingPart
+    from .painting import (
+        DIFFUSION_PARTS,
+        EmotionGuidance,
+        LatentEditor,
+        Painter,
+        check_unet,
+        image_noise,
+        refuse,
+        step_callback,
+    )
     from .warm import (
         AnnotatedFeatures,
         CaptionsStage,
@@ -55,6 +65,16 @@ _rooms = {
         "write_latents",
     ],
     "noise": ["DenoisingPart"],
+    "painting": [
+        "DIFFUSION_PARTS",
+        "EmotionGuidance",
+        "LatentEditor",
+        "Painter",
+        "check_unet",
+        "image_noise",
+        "refuse",
+        "step_callback",
+    ],
     "warm": [
         "AnnotatedFeatures",
         "CaptionsStage",

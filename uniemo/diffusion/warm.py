@@ -28,6 +28,7 @@ from torch import nn
 
 from ..conditioning import caption, encode_prompts, max_tokens
 from ..data.names import normalize_name
+from ..data.shares import join_parts, shared_work
 from ..train.batches import MadeData
 from ..train.config import TrainConfig
 from ..train.trainer import Stage, Trainer, build_accelerator
@@ -97,7 +98,9 @@ def read_features(stage, batches, names: dict, device) -> AnnotatedFeatures:
         features = (out.class_features, out.scene_features, out.object_features, *alphas)
         known = (scene >= 0) | objects.any(1)
         rows.append([x[known] for x in (*features, scene, objects)])
-    *inputs, scene, objects = (torch.cat(column) for column in zip(*rows))
+    columns = [torch.cat(column).cpu() for column in zip(*rows)]
+    shares = [share for share in join_parts(columns) if share]
+    *inputs, scene, objects = (torch.cat(column).to(device) for column in zip(*shares))
     return AnnotatedFeatures(tuple(inputs), scene, objects)
 
 
@@ -249,7 +252,8 @@ def warm_start(
     # 2. features and what they should become
     device = build_accelerator(stage.config).device
     stage.to(device)
-    found = read_features(stage, batches, names, device)
+    with shared_work():
+        found = read_features(stage, batches, names, device)
     if not len(found):
         raise ValueError(
             "no image has a scene or object name, so there is nothing to start from: "

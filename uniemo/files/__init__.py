@@ -32,8 +32,30 @@ if TYPE_CHECKING:
         opens,
         refuse_missing,
     )
+    from .onnx import (
+        NETWORKS,
+        OnnxDecoder,
+        OnnxDenoiser,
+        OnnxEncoder,
+        OnnxText,
+        OnnxWords,
+        check_onnx,
+        compare_onnx,
+        example_inputs,
+        export_onnx,
+        run_onnx,
+    )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
+    from .pipelines import HUB, NOTE, PLACED, find_pipeline, load_parts, read_base
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
+    from .spaces import (
+        PARTS,
+        read_space,
+        space_of_statistics,
+        space_shapes,
+        space_tensors,
+        write_space,
+    )
     from .uniemo import (
         UniEmoFiles,
         load_uniemo,
@@ -86,8 +108,30 @@ _rooms = {
         "opens",
         "refuse_missing",
     ],
+    "onnx": [
+        "NETWORKS",
+        "OnnxDecoder",
+        "OnnxDenoiser",
+        "OnnxEncoder",
+        "OnnxText",
+        "OnnxWords",
+        "check_onnx",
+        "compare_onnx",
+        "example_inputs",
+        "export_onnx",
+        "run_onnx",
+    ],
     "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
+    "pipelines": ["HUB", "NOTE", "PLACED", "find_pipeline", "load_parts", "read_base"],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
+    "spaces": [
+        "PARTS",
+        "read_space",
+        "space_of_statistics",
+        "space_shapes",
+        "space_tensors",
+        "write_space",
+    ],
     "uniemo": [
         "UniEmoFiles",
         "load_uniemo",

@@ -6,6 +6,16 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .affect import (
+        LinearHead,
+        PENALTIES,
+        affect_scores,
+        agreement,
+        colour_histogram,
+        concordance,
+        fit_head,
+        held_out_predictions,
+    )
     from .attention import class_attention, pointing, pointing_table
     from .classification import (
         accuracy,
@@ -63,6 +73,7 @@ if TYPE_CHECKING:
         proportion,
         shifted_bootstrap,
     )
+    from .moments import add_rows, merge_moments, moments
     from .neighbours import (
         Balls,
         check_features,
@@ -80,14 +91,25 @@ if TYPE_CHECKING:
         alexnet_layers,
         apply_network,
         as_images,
+        evaluating,
         from_torchmetrics,
         inception,
         lpips_alex,
         pretrained_file,
     )
+    from .novelty import (
+        NOVELTY,
+        Novelty,
+        add_novelty,
+        as_features,
+        fit_novelty,
+        novelty_features,
+        output_features,
+        whitening,
+    )
     from .pictures import grid, overlay, plot_attention
     from .plots import (
-        MEANINGS,
+        BINS,
         heat_map,
         plot_classes,
         plot_confusion,
@@ -118,6 +140,16 @@ if TYPE_CHECKING:
     )
 
 _rooms = {
+    "affect": [
+        "LinearHead",
+        "PENALTIES",
+        "affect_scores",
+        "agreement",
+        "colour_histogram",
+        "concordance",
+        "fit_head",
+        "held_out_predictions",
+    ],
     "attention": ["class_attention", "pointing", "pointing_table"],
     "classification": [
         "accuracy",
@@ -175,6 +207,7 @@ _rooms = {
         "proportion",
         "shifted_bootstrap",
     ],
+    "moments": ["add_rows", "merge_moments", "moments"],
     "neighbours": [
         "Balls",
         "check_features",
@@ -192,14 +225,25 @@ _rooms = {
         "alexnet_layers",
         "apply_network",
         "as_images",
+        "evaluating",
         "from_torchmetrics",
         "inception",
         "lpips_alex",
         "pretrained_file",
     ],
+    "novelty": [
+        "NOVELTY",
+        "Novelty",
+        "add_novelty",
+        "as_features",
+        "fit_novelty",
+        "novelty_features",
+        "output_features",
+        "whitening",
+    ],
     "pictures": ["grid", "overlay", "plot_attention"],
     "plots": [
-        "MEANINGS",
+        "BINS",
         "heat_map",
         "plot_classes",
         "plot_confusion",

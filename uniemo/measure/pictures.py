@@ -75,7 +75,6 @@ def plot_attention(
     maps: dict[str, ArrayLike],  # name -> [B, rows, columns], as from `queries.attention_maps`
     masks: Sequence[ArrayLike] | None = None,  # per image bool [objects, H, W]
     captions: Sequence[str] | None = None,  # one an image
-    title: str | None = None,  # default: how many maxima lie on an object
 ) -> Figure:
     "Images, and below each its overlays."
     pictures = [_picture(image) for image in images]
@@ -96,7 +95,7 @@ def plot_attention(
         for k, ax in enumerate(row):
             mask = None if masks is None else as_array(masks[k])
             _draw_overlay(ax, pictures[k], attention[k], mask)
-    return set_figure_finding(fig, title or _pointing_finding(maps, masks))
+    return set_figure_finding(fig, _pointing_finding(maps, masks))
 
 
 def _check_lengths(count, parts):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "MEANINGS",
+    "BINS",
     "LIMITS",
     "heat_map",
     "plot_confusion",
@@ -60,12 +60,10 @@ def heat_map(
 def plot_confusion(
     confusion: np.ndarray,  # counts [C, C], rows true
     emotions: EmotionSet = MIKELS,
-    order: str = "wheel",  # neighbours beside each other, or 'index': the label set's order
     ax: Axes | None = None,
-    title: str | None = None,  # default: the finding
 ) -> Axes:
     "Heat map of counts as shares of the true class."
-    counts = _in_order(np.asarray(confusion), emotions, order)
+    counts = _in_order(np.asarray(confusion), emotions)
     names = list(counts.columns)
     share = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
     text = np.where(counts > 0, (100 * share).round().astype(int).astype(str), "")
@@ -75,21 +73,19 @@ def plot_confusion(
         frame = mpl.patches.Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, ec="black", lw=1.2)
         ax.add_patch(frame)
     ax.set(xlabel="predicted emotion", ylabel="true emotion (cells in %)")
-    return set_finding(ax, title or _commonest_mistake(share))
+    return set_finding(ax, _commonest_mistake(share))
 
 
-def _in_order(counts, emotions, order):
-    "DataFrame of counts, in the order of the wheel where there is one and it is wanted."
+def _in_order(counts, emotions):
+    "DataFrame of counts, in the order of the wheel where there is one."
     names = list(emotions)
     if counts.shape != (len(names), len(names)):
         raise ValueError(
             f"a confusion matrix of {len(names)} emotions is [{len(names)}, {len(names)}], "
             f"not {list(counts.shape)}"
         )
-    if order not in ("wheel", "index"):
-        raise ValueError(f"order must be 'wheel' or 'index', not {order!r}")
     table = pd.DataFrame(counts, names, names)
-    if order == "index" or emotions.wheel is None:
+    if emotions.wheel is None:
         return table
     return table.loc[list(emotions.wheel), list(emotions.wheel)]
 
@@ -108,12 +104,13 @@ def _commonest_mistake(share):
 
 
 # %% ../../nbs/measure/plots.ipynb #cell-16
+BINS = 10
+
+
 @themed
 def plot_reliability(
     predictions: tuple | dict,  # (labels [N], probabilities [N, C]), or name -> such a pair
-    bins: int = 10,
     ax: Axes | None = None,
-    title: str | None = None,
 ) -> Axes:
     "Reliability diagram of at most four models."
     many = predictions if isinstance(predictions, dict) else {"model": predictions}
@@ -124,22 +121,22 @@ def plot_reliability(
     ax.plot([0, 1], [0, 1], color=".6", lw=1, ls=":")
     below = make_axes_locatable(ax).append_axes("bottom", size="20%", pad=0.12, sharex=ax)
     for (name, pair), color, marker, dash in zip(many.items(), PALETTE, MARKERS, DASHES):
-        label = f"{name}: error {calibration_error(*pair, bins):.3f}"
-        _reliability_line(ax, *pair, bins, dict(color=color, marker=marker, ls=dash, label=label))
-        share, edges = np.histogram(pair[1].max(1), bins, (0, 1))
+        label = f"{name}: error {calibration_error(*pair, BINS):.3f}"
+        _reliability_line(ax, *pair, dict(color=color, marker=marker, ls=dash, label=label))
+        share, edges = np.histogram(pair[1].max(1), BINS, (0, 1))
         below.stairs(share / len(pair[0]), edges, color=color, ls=dash, lw=1.3)
     ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     ax.tick_params(labelbottom=False)
     below.set(xlabel="confidence (probability of the likeliest emotion)", ylabel="share of\nimages")
     if len(many) > 1:
         ax.legend(loc="upper left")
-    return set_finding(ax, title or _calibration_finding(many, bins))
+    return set_finding(ax, _calibration_finding(many))
 
 
 # %% ../../nbs/measure/plots.ipynb #4c466f67
-def _reliability_line(ax, labels, probabilities, bins, style):
+def _reliability_line(ax, labels, probabilities, style):
     "Bins as marks of their size with Wilson's intervals."
-    table = calibration_bins(labels, probabilities, bins)
+    table = calibration_bins(labels, probabilities, BINS)
     hits = (table.accuracy * table["count"]).round().astype(int)
     limits = [proportion(np.arange(n) < hit) for hit, n in zip(hits, table["count"])]
     off = [
@@ -155,9 +152,9 @@ def _reliability_line(ax, labels, probabilities, bins, style):
     ax.plot([], [], **style)
 
 
-def _calibration_finding(many, bins):
+def _calibration_finding(many):
     if len(many) > 1:
-        errors = {name: calibration_error(*pair, bins) for name, pair in many.items()}
+        errors = {name: calibration_error(*pair, BINS) for name, pair in many.items()}
         best = min(errors, key=errors.get)
         others = ", ".join(f"{e:.2f}" for name, e in errors.items() if name != best)
         return f"{best} is the best calibrated: error {errors[best]:.2f} against {others}"
@@ -238,26 +235,18 @@ def _vertical_lines(ax, reference):
 
 
 # %% ../../nbs/measure/plots.ipynb #8e0586c4
-MEANINGS = dict(
-    recall="recall (share of the emotion's images that are found)",
-    precision="precision (share of what is called so that is so)",
-    f1="F1",
-)
-
-
 def plot_classes(
     tables: pd.DataFrame | dict,  # from `evaluate_classes`, or name -> such tables
-    metric: str = "recall",  # what they hold
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Axes:
-    "Every emotion's `metric` with its interval, best first."
+    "Every emotion's recall with its interval, best first."
     single = not isinstance(tables, dict)
     value = tables.value if single else next(iter(tables.values())).value
     best = f"{value.idxmax().capitalize()} is recognised best ({value.max():.2f})"
     return plot_intervals(
         tables,
-        f"{MEANINGS.get(metric, metric)}, 95% interval",
+        "recall (share of the emotion's images that are found), 95% interval",
         sort=True,
         reference={"mean": value.mean()} if single else None,
         ax=ax,
@@ -272,7 +261,6 @@ LIMITS = ("difference", "low", "high", "n")
 @themed
 def plot_differences(
     table: pd.DataFrame,  # from `intervals.differences`; columns beside LIMITS name the rows
-    value: str = "accuracy",  # what the difference is of
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Axes:
@@ -286,10 +274,10 @@ def plot_differences(
     ax.axvline(0, color=".3", lw=1)
     for y, (_, row) in enumerate(table.iterrows()):
         _forest_row(ax, y, row)
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"difference in {value} (95% interval)")
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="difference in accuracy (95% interval)")
     ax.set_yticks(np.arange(len(rows)), rows)
     ax.grid(axis="y")
-    return set_finding(ax, title or f"Differences in {value}: {_clear_of_zero(table)}")
+    return set_finding(ax, title or f"Differences in accuracy: {_clear_of_zero(table)}")
 
 
 def _row_name(index, names):

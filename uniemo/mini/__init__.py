@@ -129,6 +129,7 @@ if TYPE_CHECKING:
         settings_of,
         understanding,
     )
+    from .standins import ENTRIES, LENGTH, SIZES, write_large_index, write_random_models
     from .story import (
         Source,
         accuracies,
@@ -291,6 +292,7 @@ _rooms = {
         "settings_of",
         "understanding",
     ],
+    "standins": ["ENTRIES", "LENGTH", "SIZES", "write_large_index", "write_random_models"],
     "story": [
         "Source",
         "accuracies",

@@ -38,8 +38,6 @@ def twin_images(
 def expert_movement(
     features: dict,  # as `twin_images`, each a dict with `scene` and `object` [B, d]
     n: int = 1000,  # draws of the images
-    level: float = 0.95,
-    seed: int = 0,
 ) -> pd.DataFrame:
     "For both experts: mean distance moved, `own` and `other`, their `ratio`, `low`, `high`."
     rows = {}
@@ -54,7 +52,7 @@ def expert_movement(
                 f"the {expert} feature does not move when the {expert} changes: "
                 "it is constant, or base and twins are the same images"
             )
-        ratio = bootstrap(_ratio_of_means, across, own, n=n, level=level, seed=seed)
+        ratio = bootstrap(_ratio_of_means, across, own, n=n)
         means = dict(own=own.mean(), other=across.mean())
         rows[expert] = means | dict(ratio=ratio.value, low=ratio.low, high=ratio.high)
     return pd.DataFrame(rows).T
@@ -68,11 +66,9 @@ def _ratio_of_means(a, b):
 @themed
 def plot_movement(
     table: pd.DataFrame,  # from `expert_movement`
-    ax=None,  # noqa: F821 - matplotlib's
-    title: str | None = None,  # default: the finding
 ):  # matplotlib's Axes
     "Moves of both features when only the other attribute changes, in units of their own move."
-    ax = new_axes(ax, 5.4, 2.6)
+    ax = new_axes(None, 5.4, 2.6)
     y = np.arange(len(table))
     bar = dict(height=0.34)
     ax.barh(y - 0.18, np.ones(len(y)), color=PALETTE[0], label="its own attribute changes", **bar)
@@ -91,6 +87,4 @@ def plot_movement(
     ax.set(xlabel="mean move, relative to the move with its own attribute", ylim=(1.5, -0.6))
     ax.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.3), ncols=2)
     ratios = ", ".join(f"{kind} {r:.2f}" for kind, r in table.ratio.items())
-    return set_finding(
-        ax, title or f"Moves when only the other attribute changes: {ratios} of its own"
-    )
+    return set_finding(ax, f"Moves when only the other attribute changes: {ratios} of its own")

@@ -7,15 +7,16 @@ __all__ = ["Color", "RUBBISH", "PAINTERS", "Canvas", "paint_scene"]
 
 # %% ../../nbs/mini/scenes.ipynb #43774208
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.ImageColor import getrgb
 
 from .truth import SCENES
 
 # %% ../../nbs/mini/scenes.ipynb #67eb2460
-Color = tuple[int, int, int]
+Color = str | tuple[int, int, int]
 
 
 # %% ../../nbs/mini/scenes.ipynb #d47ed253
@@ -31,10 +32,12 @@ class Canvas:
         "A number drawn between `low` and `high`."
         return float(self.rng.uniform(low, high))
 
-    def color(self, color: Color) -> Color:
-        "The colour, jittered."
+    def color(self, color: Color) -> tuple:
+        "A colour such as #f0c850, jittered; numbers were mixed before and stay."
+        if not isinstance(color, str):
+            return color
         jitter = self.rng.integers(-18, 19, 3)
-        return tuple(int(min(255, max(0, v + d))) for v, d in zip(color, jitter))
+        return tuple(int(min(255, max(0, v + d))) for v, d in zip(getrgb(color), jitter))
 
     def points(self, xy: Sequence[float]) -> list[float]:
         "Fractions as pixels."
@@ -58,70 +61,70 @@ class Canvas:
 
     def rect(self, x0, y0, x1, y1, color: Color):
         "A filled rectangle from one corner to the other."
-        self.draw.rectangle(self.points((x0, y0, x1, y1)), fill=color)
+        self.draw.rectangle(self.points((x0, y0, x1, y1)), fill=self.color(color))
 
     def ellipse(self, x, y, radius_x, radius_y, color: Color):
         "A filled ellipse around (x, y)."
         box = (x - radius_x, y - radius_y, x + radius_x, y + radius_y)
-        self.draw.ellipse(self.points(box), fill=color)
+        self.draw.ellipse(self.points(box), fill=self.color(color))
 
     def polygon(self, xy: Sequence[float], color: Color):
         "A filled polygon."
-        self.draw.polygon(self.points(xy), fill=color)
+        self.draw.polygon(self.points(xy), fill=self.color(color))
 
     def line(self, xy: Sequence[float], color: Color, width: float = 0.02):
         "A line through the points."
-        self.draw.line(self.points(xy), fill=color, width=self.width(width))
+        self.draw.line(self.points(xy), fill=self.color(color), width=self.width(width))
 
     def hills(self, y: float, height: float, color: Color):
         "Everything below a wave around height `y`."
         waves, phase = self.uniform(0.7, 1.3) * 1.5, self.uniform(0, 6.3)
         x = np.linspace(0, 1, 33)
         crest = y + height * np.sin(2 * np.pi * waves * x + phase)
-        self.polygon([*np.stack([x, crest], 1).ravel(), 1, 1, 0, 1], self.color(color))
+        self.polygon([*np.stack([x, crest], 1).ravel(), 1, 1, 0, 1], color)
 
 
 # %% ../../nbs/mini/scenes.ipynb #c8f085a5
 def _beach(canvas):
-    canvas.gradient((90, 180, 235), (190, 230, 250), 0, 0.42)
+    canvas.gradient("#5ab4eb", "#bee6fa", 0, 0.42)
     horizon = canvas.uniform(0.36, 0.46)
-    canvas.rect(0, horizon, 1, horizon + 0.25, canvas.color((30, 140, 190)))
-    canvas.hills(horizon + 0.22, 0.03, (235, 210, 150))
+    canvas.rect(0, horizon, 1, horizon + 0.25, "#1e8cbe")
+    canvas.hills(horizon + 0.22, 0.03, "#ebd296")
     x, y = canvas.uniform(0.1, 0.9), canvas.uniform(0.08, 0.2)
-    canvas.ellipse(x, y, 0.08, 0.08, canvas.color((255, 225, 90)))
+    canvas.ellipse(x, y, 0.08, 0.08, "#ffe15a")
 
 
 def _desert(canvas):
-    canvas.gradient((245, 175, 85), (250, 215, 150), 0, 0.55)
+    canvas.gradient("#f5af55", "#fad796", 0, 0.55)
     x, y = canvas.uniform(0.15, 0.85), canvas.uniform(0.12, 0.28)
-    canvas.ellipse(x, y, 0.1, 0.1, canvas.color((255, 240, 200)))
-    canvas.hills(0.5, 0.06, (220, 150, 70))
-    canvas.hills(0.65, 0.07, (200, 120, 50))
-    canvas.hills(0.85, 0.05, (180, 100, 40))
+    canvas.ellipse(x, y, 0.1, 0.1, "#fff0c8")
+    canvas.hills(0.5, 0.06, "#dc9646")
+    canvas.hills(0.65, 0.07, "#c87832")
+    canvas.hills(0.85, 0.05, "#b46428")
 
 
 # %% ../../nbs/mini/scenes.ipynb #a388f3f4
 def _mountain_snowy(canvas):
-    canvas.gradient((70, 120, 200), (180, 210, 240), 0, 0.8)
+    canvas.gradient("#4678c8", "#b4d2f0", 0, 0.8)
     places = ((0.15, 0.3), (0.65, 0.85), (0.4, 0.6))
     for x in [canvas.uniform(*place) for place in places]:
         top, half = canvas.uniform(0.12, 0.3), canvas.uniform(0.3, 0.42)
         height = 0.85 - top
         foot = (x - half, 0.85, x, top, x + half, 0.85)
-        canvas.polygon(foot, canvas.color((85, 90, 115)))
+        canvas.polygon(foot, "#555a73")
         left = (x - half * 0.35, top + 0.35 * height, x, top)
         right = (x + half * 0.35, top + 0.35 * height, x + half * 0.1, top + 0.27 * height)
         snow = (*left, *right, x - half * 0.12, top + 0.3 * height)
-        canvas.polygon(snow, canvas.color((240, 245, 250)))
-    canvas.hills(0.82, 0.03, (60, 95, 80))
+        canvas.polygon(snow, "#f0f5fa")
+    canvas.hills(0.82, 0.03, "#3c5f50")
 
 
 def _ocean(canvas):
     horizon = canvas.uniform(0.22, 0.34)
-    canvas.gradient((150, 195, 230), (215, 230, 240), 0, horizon)
-    canvas.gradient((20, 95, 165), (5, 40, 100), horizon, 1)
+    canvas.gradient("#96c3e6", "#d7e6f0", 0, horizon)
+    canvas.gradient("#145fa5", "#052864", horizon, 1)
     for y in np.linspace(horizon + 0.08, 0.95, 6):
-        x, foam = canvas.uniform(0, 0.3), canvas.color((120, 180, 220))
+        x, foam = canvas.uniform(0, 0.3), canvas.color("#78b4dc")
         for k in range(3):
             wave = canvas.points((x + 0.33 * k - 0.1, y, x + 0.33 * k + 0.12, y + 0.07))
             canvas.draw.arc(wave, 180, 360, fill=foam, width=canvas.width(0.02))
@@ -129,11 +132,11 @@ def _ocean(canvas):
 
 # %% ../../nbs/mini/scenes.ipynb #6f2b112d
 def _pasture(canvas):
-    canvas.gradient((120, 200, 250), (215, 240, 250), 0, 0.5)
+    canvas.gradient("#78c8fa", "#d7f0fa", 0, 0.5)
     horizon = canvas.uniform(0.4, 0.5)
-    canvas.hills(horizon, 0.04, (120, 195, 75))
-    canvas.hills(horizon + 0.2, 0.05, (90, 170, 55))
-    fence = canvas.color((240, 235, 220))
+    canvas.hills(horizon, 0.04, "#78c34b")
+    canvas.hills(horizon + 0.2, 0.05, "#5aaa37")
+    fence = canvas.color("#f0ebdc")
     for x in np.linspace(0.02, 0.98, 6):
         canvas.line((x, horizon + 0.02, x, horizon + 0.16), fence, 0.025)
     for y in (horizon + 0.06, horizon + 0.12):
@@ -141,78 +144,78 @@ def _pasture(canvas):
 
 
 def _sky(canvas):
-    canvas.gradient((50, 130, 230), (165, 215, 250))
+    canvas.gradient("#3282e6", "#a5d7fa")
     for _ in range(4):
         x, y = canvas.uniform(0.05, 0.95), canvas.uniform(0.08, 0.92)
-        white = canvas.color((242, 246, 250))
+        white = canvas.color("#f2f6fa")
         for offset, radius in ((-0.1, 0.06), (0, 0.09), (0.1, 0.065)):
             canvas.ellipse(x + offset, y - radius * 0.3, radius * 1.3, radius * 0.8, white)
 
 
 # %% ../../nbs/mini/scenes.ipynb #d773d800
 def _snowfield(canvas):
-    canvas.gradient((185, 195, 210), (225, 230, 238), 0, 0.5)
-    canvas.hills(0.5, 0.03, (235, 240, 248))
-    canvas.hills(0.75, 0.03, (215, 225, 238))
+    canvas.gradient("#b9c3d2", "#e1e6ee", 0, 0.5)
+    canvas.hills(0.5, 0.03, "#ebf0f8")
+    canvas.hills(0.75, 0.03, "#d7e1ee")
     for _ in range(2):
         x, y = canvas.uniform(0.05, 0.95), canvas.uniform(0.4, 0.5)
-        canvas.line((x, y, x, y + 0.16), canvas.color((80, 65, 60)), 0.02)
+        canvas.line((x, y, x, y + 0.16), "#50413c", 0.02)
         for branch in (-0.06, 0.06):
-            canvas.line((x, y + 0.07, x + branch, y), canvas.color((80, 65, 60)), 0.012)
+            canvas.line((x, y + 0.07, x + branch, y), "#50413c", 0.012)
     for _ in range(14):
         canvas.ellipse(canvas.uniform(0, 1), canvas.uniform(0, 1), 0.012, 0.012, (255, 255, 255))
 
 
 def _forest(canvas):
-    canvas.gradient((120, 165, 105), (45, 85, 45))
-    canvas.hills(0.82, 0.03, (60, 80, 35))
+    canvas.gradient("#78a569", "#2d552d")
+    canvas.hills(0.82, 0.03, "#3c5023")
     for place in np.linspace(0.02, 0.98, 6):
         x, half = place + canvas.uniform(-0.05, 0.05), canvas.uniform(0.025, 0.045)
         foot = canvas.uniform(0.84, 0.94)
-        canvas.rect(x - half, 0.1, x + half, foot, canvas.color((85, 60, 40)))
-        canvas.ellipse(x, canvas.uniform(0.05, 0.15), 0.14, 0.13, canvas.color((35, 105, 45)))
+        canvas.rect(x - half, 0.1, x + half, foot, "#553c28")
+        canvas.ellipse(x, canvas.uniform(0.05, 0.15), 0.14, 0.13, "#23692d")
 
 
 # %% ../../nbs/mini/scenes.ipynb #fbac4f99
 def _amusement_park(canvas):
-    canvas.gradient((110, 200, 250), (250, 220, 235), 0, 0.8)
-    canvas.rect(0, 0.8, 1, 1, canvas.color((150, 200, 110)))
+    canvas.gradient("#6ec8fa", "#fadceb", 0, 0.8)
+    canvas.rect(0, 0.8, 1, 1, "#96c86e")
     x, y = canvas.uniform(0.3, 0.7), canvas.uniform(0.36, 0.44)
-    radius, steel = canvas.uniform(0.26, 0.32), canvas.color((215, 60, 95))
+    radius, steel = canvas.uniform(0.26, 0.32), canvas.color("#d73c5f")
     start = canvas.uniform(0, 0.7)
     for side in (-0.15, 0.15):
         canvas.line((x, y, x + side, 0.82), steel, 0.025)
     wheel = canvas.points((x - radius, y - radius, x + radius, y + radius))
     canvas.draw.ellipse(wheel, outline=steel, width=canvas.width(0.03))
-    cabins = ((250, 200, 60), (80, 120, 230), (80, 190, 120), (240, 120, 60))
+    cabins = ("#fac83c", "#5078e6", "#50be78", "#f0783c")
     for k in range(8):
         angle = start + k * math.pi / 4
         end_x, end_y = x + radius * math.cos(angle), y + radius * math.sin(angle)
         canvas.line((x, y, end_x, end_y), steel, 0.012)
-        canvas.ellipse(end_x, end_y, 0.05, 0.05, canvas.color(cabins[k % 4]))
+        canvas.ellipse(end_x, end_y, 0.05, 0.05, cabins[k % 4])
 
 
 # %% ../../nbs/mini/scenes.ipynb #f520e1f7
 def _bedroom(canvas):
-    canvas.rect(0, 0, 1, 0.72, canvas.color((200, 180, 205)))
-    canvas.rect(0, 0.72, 1, 1, canvas.color((150, 105, 75)))
+    canvas.rect(0, 0, 1, 0.72, "#c8b4cd")
+    canvas.rect(0, 0.72, 1, 1, "#96694b")
     x = canvas.uniform(0.08, 0.6)
-    canvas.rect(x, 0.1, x + 0.28, 0.4, canvas.color((250, 250, 245)))
-    canvas.rect(x + 0.02, 0.12, x + 0.26, 0.38, canvas.color((150, 205, 240)))
+    canvas.rect(x, 0.1, x + 0.28, 0.4, "#fafaf5")
+    canvas.rect(x + 0.02, 0.12, x + 0.26, 0.38, "#96cdf0")
     canvas.line((x + 0.14, 0.1, x + 0.14, 0.4), (250, 250, 245), 0.015)
     bed = canvas.uniform(-0.05, 0.2)
-    canvas.rect(bed, 0.48, bed + 0.06, 0.92, canvas.color((110, 70, 45)))
-    canvas.rect(bed + 0.06, 0.64, bed + 0.82, 0.86, canvas.color((95, 120, 190)))
-    canvas.ellipse(bed + 0.17, 0.63, 0.1, 0.055, canvas.color((245, 240, 235)))
+    canvas.rect(bed, 0.48, bed + 0.06, 0.92, "#6e462d")
+    canvas.rect(bed + 0.06, 0.64, bed + 0.82, 0.86, "#5f78be")
+    canvas.ellipse(bed + 0.17, 0.63, 0.1, 0.055, "#f5f0eb")
 
 
 # %% ../../nbs/mini/scenes.ipynb #fb87807b
 def _cemetery(canvas):
-    canvas.gradient((85, 95, 115), (150, 150, 160), 0, 0.6)
-    canvas.hills(0.55, 0.03, (70, 90, 65))
+    canvas.gradient("#555f73", "#9696a0", 0, 0.6)
+    canvas.hills(0.55, 0.03, "#465a41")
     for k, place in enumerate(np.linspace(0.1, 0.9, 5)):
         x, y = place + canvas.uniform(-0.04, 0.04), canvas.uniform(0.5, 0.78)
-        stone = canvas.color((165, 165, 170))
+        stone = canvas.color("#a5a5aa")
         if k % 2:
             canvas.rect(x - 0.02, y - 0.14, x + 0.02, y + 0.12, stone)
             canvas.rect(x - 0.07, y - 0.09, x + 0.07, y - 0.05, stone)
@@ -222,11 +225,11 @@ def _cemetery(canvas):
 
 
 def _jail_cell(canvas):
-    canvas.gradient((125, 120, 115), (75, 72, 70))
-    canvas.rect(0, 0.82, 1, 1, canvas.color((55, 52, 50)))
+    canvas.gradient("#7d7873", "#4b4846")
+    canvas.rect(0, 0.82, 1, 1, "#373432")
     x = canvas.uniform(0.3, 0.6)
-    canvas.rect(x, 0.1, x + 0.22, 0.28, canvas.color((200, 215, 225)))
-    steel = canvas.color((30, 32, 38))
+    canvas.rect(x, 0.1, x + 0.22, 0.28, "#c8d7e1")
+    steel = canvas.color("#1e2026")
     for y in (0.05, 0.88):
         canvas.line((0, y, 1, y), steel, 0.04)
     for x in np.linspace(0.06, 0.94, 7) + canvas.uniform(-0.04, 0.04):
@@ -234,86 +237,88 @@ def _jail_cell(canvas):
 
 
 # %% ../../nbs/mini/scenes.ipynb #dbb2d0d0
-RUBBISH = [(90, 80, 60), (150, 60, 50), (70, 110, 120), (170, 160, 130), (60, 60, 65)]
-RUBBISH += [(120, 130, 60)]
+RUBBISH = ("#5a503c", "#963c32", "#466e78", "#aaa082", "#3c3c41", "#78823c")
 
 
 def _landfill(canvas):
-    canvas.gradient((190, 180, 140), (160, 150, 120), 0, 0.5)
-    canvas.hills(0.42, 0.06, (120, 100, 70))
+    canvas.gradient("#beb48c", "#a09678", 0, 0.5)
+    canvas.hills(0.42, 0.06, "#786446")
     for k in range(34):
         x, y = canvas.uniform(0, 1), canvas.uniform(0.45, 1)
         radius, turn = canvas.uniform(0.03, 0.07), canvas.uniform(0, 1.5)
         angles = turn + 1.57 * np.arange(4)
         corners = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], 1)
-        canvas.polygon(corners.ravel().tolist(), canvas.color(RUBBISH[k % 6]))
+        canvas.polygon(corners.ravel().tolist(), RUBBISH[k % 6])
 
 
 def _stage(canvas):
-    canvas.gradient((45, 15, 60), (90, 30, 90), 0, 0.78)
-    canvas.rect(0, 0.78, 1, 1, canvas.color((120, 75, 45)))
-    lights = ((250, 220, 120), (240, 120, 190), (130, 190, 250))
+    canvas.gradient("#2d0f3c", "#5a1e5a", 0, 0.78)
+    canvas.rect(0, 0.78, 1, 1, "#784b2d")
+    lights = ("#fadc78", "#f078be", "#82befa")
     for place, light in zip((0.2, 0.5, 0.8), lights):
         x = place + canvas.uniform(-0.06, 0.06)
         foot = place + canvas.uniform(-0.15, 0.15)
         beam = tuple(int(0.45 * v + 30) for v in canvas.color(light))
         canvas.polygon((x - 0.02, 0, x + 0.02, 0, foot + 0.14, 0.8, foot - 0.14, 0.8), beam)
-        canvas.ellipse(foot, 0.84, 0.15, 0.04, canvas.color(light))
+        canvas.ellipse(foot, 0.84, 0.15, 0.04, light)
     for x0, x1 in ((0, 0.1), (0.9, 1)):
-        canvas.rect(x0, 0, x1, 0.8, canvas.color((170, 25, 45)))
+        canvas.rect(x0, 0, x1, 0.8, "#aa192d")
 
 
 # %% ../../nbs/mini/scenes.ipynb #8434f5aa
 def _street(canvas):
-    canvas.gradient((165, 175, 190), (205, 205, 205), 0, 0.6)
+    canvas.gradient("#a5afbe", "#cdcdcd", 0, 0.6)
     ground = 0.62
-    canvas.rect(0, ground, 1, 1, canvas.color((75, 75, 80)))
+    canvas.rect(0, ground, 1, 1, "#4b4b50")
     x = canvas.uniform(-0.1, 0)
     while x < 1:
         width, top = canvas.uniform(0.18, 0.28), canvas.uniform(0.08, 0.34)
-        canvas.rect(x, top, x + width - 0.015, ground, canvas.color((135, 95, 85)))
-        window = canvas.color((235, 215, 150))
+        canvas.rect(x, top, x + width - 0.015, ground, "#875f55")
+        window = canvas.color("#ebd796")
         for y in np.arange(top + 0.05, ground - 0.08, 0.12):
             for left in (x + 0.04, x + width - 0.09):
                 canvas.rect(left, y, left + 0.045, y + 0.06, window)
         x += width
     for k in range(5):
         mark = 0.02 + 0.22 * k
-        canvas.rect(mark, 0.8, mark + 0.1, 0.83, canvas.color((235, 230, 200)))
+        canvas.rect(mark, 0.8, mark + 0.1, 0.83, "#ebe6c8")
 
 
 def _swamp(canvas):
-    canvas.gradient((110, 120, 85), (75, 85, 55), 0, 0.5)
-    canvas.rect(0, 0.5, 1, 1, canvas.color((60, 75, 40)))
+    canvas.gradient("#6e7855", "#4b5537", 0, 0.5)
+    canvas.rect(0, 0.5, 1, 1, "#3c4b28")
     for _ in range(3):
-        x, bark = canvas.uniform(0.05, 0.95), canvas.color((45, 40, 30))
+        x, bark = canvas.uniform(0.05, 0.95), canvas.color("#2d281e")
         canvas.line((x, 0.05, x + canvas.uniform(-0.05, 0.05), 0.58), bark, 0.045)
         canvas.line((x, 0.2, x + canvas.uniform(-0.18, 0.18), 0.06), bark, 0.02)
     for _ in range(8):
         x, y = canvas.uniform(0, 1), canvas.uniform(0.56, 0.97)
         radius_x, radius_y = canvas.uniform(0.05, 0.1), canvas.uniform(0.015, 0.03)
-        canvas.ellipse(x, y, radius_x, radius_y, canvas.color((120, 140, 50)))
+        canvas.ellipse(x, y, radius_x, radius_y, "#788c32")
 
 
 # %% ../../nbs/mini/scenes.ipynb #51365175
-PAINTERS: dict[str, Callable[[Canvas], None]] = dict(
-    amusement_park=_amusement_park,
-    beach=_beach,
-    bedroom=_bedroom,
-    cemetery=_cemetery,
-    desert=_desert,
-    forest=_forest,
-    jail_cell=_jail_cell,
-    landfill=_landfill,
-    mountain_snowy=_mountain_snowy,
-    ocean=_ocean,
-    pasture=_pasture,
-    sky=_sky,
-    snowfield=_snowfield,
-    stage=_stage,
-    street=_street,
-    swamp=_swamp,
-)
+PAINTERS = {
+    painter.__name__[1:]: painter
+    for painter in (
+        _amusement_park,
+        _beach,
+        _bedroom,
+        _cemetery,
+        _desert,
+        _forest,
+        _jail_cell,
+        _landfill,
+        _mountain_snowy,
+        _ocean,
+        _pasture,
+        _sky,
+        _snowfield,
+        _stage,
+        _street,
+        _swamp,
+    )
+}
 
 
 def paint_scene(

@@ -30,7 +30,6 @@ def ship(
     run_folder: str | Path,  # of a finished run
     part: str,  # "clip", "diffusion", "judge" or "uniemo": a folder in it
     destination: str | Path,  # where the shipped models and their manifest lie
-    notebook: str | None = None,  # what made it; None: pretrain_<part>
 ) -> dict:
     "Copy a model and enter it in the manifest; returns its entry."
     run_folder, destination = Path(run_folder), Path(destination)
@@ -47,7 +46,7 @@ def ship(
     files = sorted(p for p in target.rglob("*") if p.is_file())
     manifest[part] = dict(
         world=WORLD_VERSION,
-        notebook=notebook or f"pretrain_{part}",
+        notebook=f"pretrain_{part}",
         parameters=read_json(run_folder / "params.json"),
         scores=read_json(run_folder / "summary.json"),
         sha256={p.relative_to(destination).as_posix(): sha256(p) for p in files},

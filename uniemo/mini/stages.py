@@ -55,6 +55,7 @@ from ..filtering import CRITERIA, name_reader
 from ..fusion import PseudoWordMapper
 from ..joint import JointConfig, train_joint
 from ..measure.generation import evaluate_generation
+from ..measure.novelty import fit_novelty
 from .clip import load_clip
 from .judge import judged_names, load_judge, mini_networks
 from .painting import paint
@@ -204,6 +205,8 @@ def joint(
     result = train_joint(splits, config, model, diffusion, folder=folder, mapper=mapper, **how)
     pipe = UniEmoPipeline.from_diffusion(**result.parts)
     pipe.space = _space(splits, pipe.encoder, space)
+    sets = (plain_batches(splits[name]) for name in ("train", "val"))
+    pipe.novelty = fit_novelty(pipe.encoder, *sets)
     pipe.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=str(diffusion))
 
 

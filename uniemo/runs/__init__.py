@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         hold,
         resume,
         start,
+        terminable,
         where,
     )
     from .folders import (
@@ -43,7 +44,19 @@ if TYPE_CHECKING:
         runs_folder,
         write_json,
     )
+    from .forecast import (
+        BANDWIDTH,
+        DEVICES,
+        Peak,
+        StepClock,
+        Work,
+        folder_size,
+        forecast,
+        resident_memory,
+        watch_memory,
+    )
     from .grids import Grid, RANGE, cell_name, read_grid, read_values
+    from .jobs import FullRun, JOBS, Jobs, in_processes, main
     from .keys import Module, SHOWS, TABLES, fingerprint, reached, read_module, source_hash
     from .parameters import (
         COMPUTED,
@@ -83,7 +96,23 @@ if TYPE_CHECKING:
         read_config,
         stand_in_tokenizer,
     )
+    from .processes import accelerate_config, launch, launch_command
     from .store import NOT_IN_KEY, OWN_FILES, PATHS, Store, check_stage, shipped_hash
+    from .sweeps import (
+        CELL,
+        Engine,
+        ORPHAN,
+        RECORD,
+        RETRIES,
+        SEED,
+        Sweep,
+        over_seeds,
+        plot_sweep,
+        run_cell,
+        run_locally,
+        run_on_ray,
+        sweep,
+    )
     from .tables import (
         BROKEN,
         COLUMNS,
@@ -91,6 +120,7 @@ if TYPE_CHECKING:
         compare,
         earlier_rows,
         find_run,
+        flatten,
         list_runs,
         main_metric,
         published,
@@ -121,6 +151,7 @@ _rooms = {
         "hold",
         "resume",
         "start",
+        "terminable",
         "where",
     ],
     "folders": [
@@ -136,7 +167,19 @@ _rooms = {
         "runs_folder",
         "write_json",
     ],
+    "forecast": [
+        "BANDWIDTH",
+        "DEVICES",
+        "Peak",
+        "StepClock",
+        "Work",
+        "folder_size",
+        "forecast",
+        "resident_memory",
+        "watch_memory",
+    ],
     "grids": ["Grid", "RANGE", "cell_name", "read_grid", "read_values"],
+    "jobs": ["FullRun", "JOBS", "Jobs", "in_processes", "main"],
     "keys": ["Module", "SHOWS", "TABLES", "fingerprint", "reached", "read_module", "source_hash"],
     "parameters": [
         "COMPUTED",
@@ -176,7 +219,23 @@ _rooms = {
         "read_config",
         "stand_in_tokenizer",
     ],
+    "processes": ["accelerate_config", "launch", "launch_command"],
     "store": ["NOT_IN_KEY", "OWN_FILES", "PATHS", "Store", "check_stage", "shipped_hash"],
+    "sweeps": [
+        "CELL",
+        "Engine",
+        "ORPHAN",
+        "RECORD",
+        "RETRIES",
+        "SEED",
+        "Sweep",
+        "over_seeds",
+        "plot_sweep",
+        "run_cell",
+        "run_locally",
+        "run_on_ray",
+        "sweep",
+    ],
     "tables": [
         "BROKEN",
         "COLUMNS",
@@ -184,6 +243,7 @@ _rooms = {
         "compare",
         "earlier_rows",
         "find_run",
+        "flatten",
         "list_runs",
         "main_metric",
         "published",

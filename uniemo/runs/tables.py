@@ -9,6 +9,7 @@ __all__ = [
     "all_runs",
     "find_run",
     "show_metrics",
+    "flatten",
     "main_metric",
     "list_runs",
     "compare",
@@ -66,12 +67,15 @@ def show_metrics(row: dict) -> str:
     )
 
 
-def _flat(values, prefix=""):
+def flatten(
+    values: dict,  # of dicts of plain data
+    prefix: str = "",  # of every key
+) -> dict:
     "A nested dict with its keys joined by dots."
     flat = {}
     for key, value in values.items():
         inner = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat
 
 
@@ -79,7 +83,7 @@ def main_metric(run: Run) -> str:
     "The number that counts in a run's summary, 'accuracy 0.873', or nothing."
     summary = read_json(run.dir / "summary.json", {})
     name = summary.get("main_metric")
-    value = _flat(summary).get(name)
+    value = flatten(summary).get(name)
     return "" if value is None else show_metrics({name: value})
 
 
@@ -126,8 +130,8 @@ def compare(
     for name in ("experiment", "seconds"):
         rows["run", name] = [run.info.get(name) for run in runs]
     tables = dict(
-        parameter=[_flat(run.params) for run in runs],
-        summary=[_flat({**run.summary(), "main_metric": {}}) for run in runs],
+        parameter=[flatten(run.params) for run in runs],
+        summary=[flatten({**run.summary(), "main_metric": {}}) for run in runs],
     )
     for kind, values in tables.items():
         for name in dict.fromkeys(name for v in values for name in v):

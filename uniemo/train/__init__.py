@@ -7,7 +7,15 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .advice import advise_memory, advise_not_finite, is_out_of_memory, split_batch
-    from .batches import MadeData, MemoryData, SampleOrder, balanced, read_batches, seed_all
+    from .batches import (
+        MadeData,
+        MemoryData,
+        SampleOrder,
+        balanced,
+        read_batches,
+        seed_all,
+        seed_of,
+    )
     from .callbacks import (
         Callback,
         Checkpoint,
@@ -47,7 +55,15 @@ if TYPE_CHECKING:
 
 _rooms = {
     "advice": ["advise_memory", "advise_not_finite", "is_out_of_memory", "split_batch"],
-    "batches": ["MadeData", "MemoryData", "SampleOrder", "balanced", "read_batches", "seed_all"],
+    "batches": [
+        "MadeData",
+        "MemoryData",
+        "SampleOrder",
+        "balanced",
+        "read_batches",
+        "seed_all",
+        "seed_of",
+    ],
     "callbacks": [
         "Callback",
         "Checkpoint",

@@ -53,10 +53,10 @@ class StageResult:
         write_file(folder / "metrics.json", json.dumps(self.metrics, indent=1))
 
     def leave(self):
-        "Wait for all processes; where there are several, leave their group."
+        "Wait for all processes; where there are several, free what the next stage needs."
         self.trainer.accelerator.wait_for_everyone()
         if self.trainer.world > 1:
-            self.trainer.close()
+            self.trainer.release()
 
 
 # %% ../../nbs/train/results.ipynb #e9f33f17

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     extract_model_from_parallel,
     gather_object,
 )
@@ -33,6 +34,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers import get_scheduler
 
+from ..data.shares import share_of_batch
 from ..files.disk import ANEW
 from ..files.weights import check_tensors, read_tensors
 from uniemo.train.advice import (
@@ -41,7 +43,7 @@ from uniemo.train.advice import (
     is_out_of_memory,
     split_batch,
 )
-from .batches import MemoryData, SampleOrder, read_batches, seed_all
+from .batches import MemoryData, SampleOrder, read_batches, seed_all, seed_of
 from .callbacks import Checkpoint, Log, MovingAverage, Validate, read_best
 
 
@@ -167,7 +169,20 @@ def build_accelerator(config, folder=None) -> Accelerator:
             f"{asked} processes, but no GPU for each: start fewer, "
             "or set cpu=True to try it without"
         )
+    _check_kind(accelerator)
     return accelerator
+
+
+# %% ../../nbs/train/trainer.ipynb #5bfb2c4b
+def _check_kind(accelerator):
+    "Refuse launchers that cut a model into pieces."
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RuntimeError(
+            f"accelerate is configured for {kind.value}, which cuts the model into pieces; here "
+            "every process holds the whole of it: accelerate launch --config_file "
+            "$(uniemo accelerate) ..."
+        )
 
 
 # %% ../../nbs/train/trainer.ipynb #cell-17
@@ -223,6 +238,10 @@ class Trainer:
             raise ValueError("the training set is empty")
         self.collate = getattr(train, "collate", None)
         self.micro, self.passes = split_batch(config.batch_size, config.micro_batch, self.world)
+        # of a step's batch, those of each pass of this process
+        share = self.micro * self.passes
+        firsts = range(self.rank * share, (self.rank + 1) * share, self.micro)
+        self.rows = [range(first, first + self.micro) for first in firsts]
         self.order = SampleOrder(len(self.train_data), config.seed, weights)
         self.epoch_steps = math.ceil(len(self.train_data) / config.batch_size)
         # 3. where the run stands
@@ -322,14 +341,23 @@ class Trainer:
 
     def batches(self, start: int, stop: int):
         "This process's batches of steps `start` to `stop`, `passes` of them a step."
-        return self._read(self.train_data, self.order, self._spans(start, stop), train=True)
+        read = self._read(self.train_data, self.order, self._spans(start, stop), train=True)
+        for step in range(start, stop):
+            for rows in self.rows:
+                with self._share(rows, step * self.config.batch_size, 2):
+                    batch = next(read)
+                yield batch
+
+    def _share(self, rows, *key):
+        "These rows of a step's batch draw what they would in the whole of it."
+        seed = seed_of(self.config.seed, *key)
+        return share_of_batch(rows, self.config.batch_size, seed, self.device)
 
     def _spans(self, start, stop):
-        share = self.micro * self.passes
         for step in range(start, stop):
-            begin = step * self.config.batch_size + self.rank * share
-            for first in range(begin, begin + share, self.micro):
-                yield first, first + self.micro
+            begin = step * self.config.batch_size
+            for rows in self.rows:
+                yield begin + rows.start, begin + rows.stop
 
     def _read(self, data, order, spans, train):
         how = dict(workers=self.config.workers, collate=self.collate, train=train)
@@ -359,7 +387,8 @@ class Trainer:
         rows = []
         for i, batch in enumerate(batches):
             is_last = i + 1 == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            share = self._share(self.rows[i], self.step, 0, 0)
+            with share, nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 parts = self.model(batch, counts)
                 self.accelerator.backward(parts["loss"] / len(batches))
             rows.append({k: v.detach() for k, v in parts.items()})
@@ -413,13 +442,15 @@ class Trainer:
     def predict(self, data) -> dict:  # name -> [n, ...]
         "The stage's predictions for all of `data`, in order, on the CPU."
         data, was = self._placed(data), self.stage.training
-        cuts = [len(data) * rank // self.world for rank in range(self.world + 1)]
-        start, stop = cuts[self.rank : self.rank + 2]
-        spans = [(k, min(k + self.micro, stop)) for k in range(start, stop, self.micro)]
+        starts = range(0, len(data), self.micro)
+        cuts = [len(starts) * rank // self.world for rank in range(self.world + 1)]
+        own = starts[slice(*cuts[self.rank : self.rank + 2])]
+        spans = [(k, min(k + self.micro, len(data))) for k in own]
         self.stage.to(self.device).eval()
         rows = []
-        for batch in self._read(data, torch.arange, spans, train=False):
-            with torch.no_grad(), self.accelerator.autocast():
+        read = self._read(data, torch.arange, spans, train=False)
+        for span, batch in zip(spans, read):
+            with torch.no_grad(), self.accelerator.autocast(), self._whole(*span, len(data)):
                 found = self.stage.predict(batch)
             rows.append({k: v.float() if v.is_floating_point() else v for k, v in found.items()})
         self.stage.train(was)
@@ -428,6 +459,13 @@ class Trainer:
         if not shares:
             raise ValueError("there are no images to predict: the data set is empty")
         return {k: torch.cat([share[k] for share in shares]) for k in shares[0]}
+
+    def _whole(self, start, stop, count):
+        "These images draw what they would in a batch that nobody cut."
+        size = self.config.batch_size
+        first = start // size * size
+        rows = range(start - first, stop - first)
+        return share_of_batch(rows, min(size, count - first), self.config.seed, self.device)
 
     def evaluate(self, data) -> dict:
         "The stage's metrics on `data`, with the weights it has now."
@@ -510,10 +548,14 @@ class Trainer:
             if own := state["callbacks"].get(type(callback).__name__):
                 callback.load_state_dict(own)
 
+    def release(self):
+        "Free the wrapped model and the optimiser; the stage and the group of processes stay."
+        self.model = self.optimizer = None
+        self.accelerator.free_memory()
+
     def close(self):
         "Free model and optimiser, end the trackers, and leave the group of processes."
         # in this order: a wrapped model that is freed last frees the group while it holds
         # Python's lock, and gloo's threads, if they wait for that lock, wait for ever
-        self.model = self.optimizer = None
-        self.accelerator.free_memory()
+        self.release()
         self.accelerator.end_training()

@@ -44,6 +44,8 @@ SHELVES = dict(
     train="One trainer for every stage: settings, loop, callbacks.",
     measure="Scores, intervals, image metrics, neighbours, plots.",
     mini="The painted world, its foundation models, its judge and its stages.",
+    explore="A page to play with, live controls, emotions from text and sound.",
+    commands="What is typed every day: read photographs, make images, look after data and models.",
     runs="Runs in folders: parameters, execution, store, command line, estimates.",
     diffusion="What a frozen diffusion model does: sampling, noise, latents, warm start.",
     files="Files that the package ships, writes, and that others made.",
@@ -149,15 +151,18 @@ def from_root(md):
     )
 
 
-def output_md(out, pictures):
+def output_md(out, pictures, alt=""):
     "Markdown of one output; pictures are collected as `{file name: bytes}`."
     if out["output_type"] == "stream":
         return "\n".join("    " + o for o in text(out["text"]).rstrip().splitlines())
     data = out.get("data", {})
+    # a progress bar says nothing when it is over
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return ""
     if "image/png" in data:
         name = f"index-{len(pictures) + 1}.png"
         pictures[name] = base64.b64decode(text(data["image/png"]))
-        return f"![](nbs/images/{name})"
+        return f"![{alt}](nbs/images/{name})"
     if "text/markdown" in data:
         return from_root(text(data["text/markdown"]))
     return "\n".join("    " + o for o in text(data.get("text/plain", "")).rstrip().splitlines())
@@ -174,7 +179,8 @@ def readme():
             code = DIRECTIVE.sub("", src).strip()
             if code and opts.get("echo") != "false":
                 parts.append(f"```python\n{code}\n```")
-            parts += filter(None, (output_md(o, pictures) for o in cell["outputs"]))
+            alt = opts.get("fig-alt", "").strip('"')
+            parts += filter(None, (output_md(o, pictures, alt) for o in cell["outputs"]))
     return "\n\n".join(parts) + "\n", pictures
 
 

@@ -1,4 +1,5 @@
 import logging
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ def _is_news(record):
 
 
 logging.getLogger("transformers.utils.import_utils").addFilter(_is_news)
+# without ipywidgets a bar in a notebook is text, which is in order
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def __getattr__(name):

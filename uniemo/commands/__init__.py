@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         provenance,
         read_mixture,
         read_provenance,
+        read_wish,
         save_images,
         write_provenance,
     )
@@ -171,6 +172,7 @@ _rooms = {
         "provenance",
         "read_mixture",
         "read_provenance",
+        "read_wish",
         "save_images",
         "write_provenance",
     ],

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from .controls import layer_controls, png_bytes, sketch_controls
     from .media import (
+        AUDIO_MODEL,
         DIMENSIONS,
         EKMAN,
         GOEMOTIONS,
         POLARITY,
         SPEECH,
         TABLES,
+        TEXT_MODEL,
         classifier_of,
         emotion_of_audio,
         emotion_of_text,
@@ -31,12 +34,14 @@ if TYPE_CHECKING:
         MINI,
         NOBODY,
         POINT,
+        SHOWN,
         add_painting,
         add_reading,
         add_sketching,
         add_wish_controls,
         build_page,
         demo,
+        enlarged,
         load_gradio,
         local_theme,
         serve,
@@ -46,13 +51,16 @@ if TYPE_CHECKING:
     from .studio import Reading, Studio, Wish, layer_maps, pack
 
 _rooms = {
+    "controls": ["layer_controls", "png_bytes", "sketch_controls"],
     "media": [
+        "AUDIO_MODEL",
         "DIMENSIONS",
         "EKMAN",
         "GOEMOTIONS",
         "POLARITY",
         "SPEECH",
         "TABLES",
+        "TEXT_MODEL",
         "classifier_of",
         "emotion_of_audio",
         "emotion_of_text",
@@ -71,12 +79,14 @@ _rooms = {
         "MINI",
         "NOBODY",
         "POINT",
+        "SHOWN",
         "add_painting",
         "add_reading",
         "add_sketching",
         "add_wish_controls",
         "build_page",
         "demo",
+        "enlarged",
         "load_gradio",
         "local_theme",
         "serve",

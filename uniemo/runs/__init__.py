@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         nearest,
         read_notebook,
         read_parameters,
+        suggest,
     )
     from .parts import (
         CLASSES,
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
         Sweep,
         over_seeds,
         plot_sweep,
+        read_engine,
         run_cell,
         run_locally,
         run_on_ray,
@@ -198,6 +200,7 @@ _rooms = {
         "nearest",
         "read_notebook",
         "read_parameters",
+        "suggest",
     ],
     "parts": [
         "CLASSES",
@@ -231,6 +234,7 @@ _rooms = {
         "Sweep",
         "over_seeds",
         "plot_sweep",
+        "read_engine",
         "run_cell",
         "run_locally",
         "run_on_ray",

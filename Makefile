@@ -7,6 +7,8 @@ BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# gradio and what it needs beside what is there
+DEMO := gradio gradio_client hf-gradio brotli fastapi groovy opentelemetry-api orjson pydub python-multipart pytz safehttpx semantic-version starlette tomlkit uvicorn 'audioop-lts; python_version >= "3.13"'
 # experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
 SKIP := ^([_.]|experiments$$|benchmarks$$)
 
@@ -23,6 +25,8 @@ $(STAMP): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@# open_clip_torch is here for its vocabulary file alone, which a test reads: its requirements would replace torch
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps open_clip_torch
+	@# gradio asks for Pillow below 13 and runs with it; the numbers of the tests are those of Pillow 13, to the bit
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(DEMO)
 	@$(MAKE) --no-print-directory hooks
 	@touch $@
 

@@ -7,6 +7,7 @@ __all__ = ['layer_maps', 'Reading', 'Wish', 'Studio', 'pack']
 
 # %% ../../nbs/explore/studio.ipynb #3e6020f4
 import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,10 @@ class Studio:
     ) -> Reading:
         "Read one photograph; a file that is none is refused with what is wrong."
         image = photo if isinstance(photo, Image.Image) else read_image(photo)
-        # of a picture that is unlike the training images the sentence tells, not a warning
-        found = self.pipe.read_images([image])
+        with warnings.catch_warnings():
+            # of a picture that is unlike the training images the sentence tells
+            warnings.simplefilter("ignore", UserWarning)
+            found = self.pipe.understand([image])
         if not self.layers:
             return Reading(found, {})
         maps = layer_maps(self.pipe.encoder, self.pipe.encoder_pixels([image]))

@@ -327,7 +327,7 @@ def sweep_runs(
     metric: Annotated[str | None, typer.Option(help="for table and picture")] = None,
     quiet: Quiet = False,
     runs_dir: RunsDir = None,
-):
+) -> int:
     "Run NAME for every combination of values, a folder each; again: what is missing."
     from uniemo.runs.sweeps import read_engine, sweep
 
@@ -335,6 +335,7 @@ def sweep_runs(
     table = sweep(name, pairs_of(pairs), engine, runs_dir, metric=metric, progress=not quiet)
     print_table(table.astype(object).values.tolist(), list(table.columns))
     print(f"in {shorten(Path(table.attrs['folder']))}")
+    return int((table.status != "completed").any())
 
 # %% ../../nbs/runs/cli.ipynb #7c1d2e3f
 @application.command("demo", epilog=examples("uniemo demo", "uniemo demo --model runs/mine"))

@@ -114,7 +114,7 @@ def read_engine(
         except ValueError:
             name = ""
         if name not in ("cpus", "gpus"):
-            raise ValueError(f"--use {text!r}: write cpus=4 or gpus=1, what a cell takes on Ray")
+            raise ValueError(f"--uses {text!r}: write cpus=4 or gpus=1, what a cell takes on Ray")
     return Engine(jobs, ray, **found)
 
 # %% ../../nbs/runs/sweeps.ipynb #e6ef39d6
@@ -257,7 +257,7 @@ def _same(record, there, folder):
         if there.get(name) != value:
             raise ValueError(
                 f"{folder} holds a sweep with another {name}: {there.get(name)!r:.80}, "
-                f"not {value!r:.80}; choose another --sweep-id"
+                f"not {value!r:.80}; choose another sweep_id"
             )
 
 # %% ../../nbs/runs/sweeps.ipynb #41c3021e

@@ -16,11 +16,15 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import build
 
 import uniemo
 from uniemo.conditioning import encode_prompts
@@ -176,25 +180,50 @@ def test_guidance_rescale_keeps_the_deviation(pipe):
 
 
 def test_diffusers_own_pipeline_paints_the_same(pipe):
+    "From embeddings that were made in another way, and noise that was drawn here."
     parts = {
         k: pipe.components[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
     }
     plain = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None)
     plain.set_progress_bar_config(disable=True)
     generators = seeded_generators(0, 1)
-    words, _ = pipe.draw_words({"<emotion>": "awe"}, generators)
-    latents, _ = pipe.start_latents(generators, (64, 64), Sampling(num_inference_steps=4))
+    words = {"<emotion>": pipe.words.draw("awe", generators)[0][0]}
+    latents = torch.randn(1, 4, 16, 16, generator=generators[0])
     guidance = dict(guidance_scale=12.0, guidance_rescale=0.7, num_inference_steps=4)
     with torch.no_grad():
         states = encode_prompts(pipe.text_encoder, pipe.tokenizer, "<emotion>", words)
         nothing = encode_prompts(pipe.text_encoder, pipe.tokenizer, "")
     theirs = plain(
-        prompt_embeds=states,
-        negative_prompt_embeds=nothing,
-        latents=latents / pipe.scheduler.init_noise_sigma,
-        **guidance,
+        prompt_embeds=states, negative_prompt_embeds=nothing, latents=latents, **guidance
     ).images
     assert largest_difference(theirs, pipe.generate("awe", 1, **{**FEW, **guidance})) <= 1
+
+
+def test_intensity_is_the_second_term_of_guidance(pipe):
+    "Against a loop that is written out: three prompts, one pass each, the formula by hand."
+    steps, scale, intensity = 4, 5.0, 1.7
+    generators = seeded_generators(0, 1)
+    words = {"<emotion>": pipe.words.draw("awe", generators)[0][0]}
+    latents = torch.randn(1, 4, 16, 16, generator=generators[0])
+    with torch.no_grad():
+        negative, neutral = (
+            encode_prompts(pipe.text_encoder, pipe.tokenizer, text) for text in ("", "dog")
+        )
+        emotional = encode_prompts(pipe.text_encoder, pipe.tokenizer, "<emotion> dog", words)
+        scheduler = pipe.scheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            n, m, p = (
+                pipe.unet(latents, t, encoder_hidden_states=states).sample
+                for states in (negative, neutral, emotional)
+            )
+            guided = n + scale * (m - n + intensity * (p - m))
+            latents = scheduler.step(guided, t, latents).prev_sample
+        pixels_here = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    wanted = ((pixels_here / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
+    call = dict(prompt="<emotion> dog", intensity=intensity, guidance_scale=scale, judge=False)
+    got = pipe.generate("awe", 1, num_inference_steps=steps, **call)
+    assert np.abs(pixels(got)[0] - wanted).max() <= 1
 
 
 def test_sizes_and_reference(pipe, photo):
@@ -297,7 +326,8 @@ def test_guidance_cut_off(pipe, unet_batches, intensity):
     call = dict(prompt="<emotion> dog", intensity=intensity, callback_on_step_end=cutoff)
     pipe.generate("awe", 2, **FOUR, **call)
     assert unet_batches == [4 if intensity == 1 else 6, 2, 2, 2]
-    assert pipe.num_timesteps == 4 and not pipe.do_classifier_free_guidance
+    assert pipe.diffusion.num_timesteps == 4
+    assert not pipe.diffusion.do_classifier_free_guidance
 
 
 def test_an_interrupted_run_ends(pipe, unet_batches):
@@ -305,7 +335,7 @@ def test_an_interrupted_run_ends(pipe, unet_batches):
         pipeline._interrupt = step == 1
 
     pipe.generate("awe", 1, **FOUR, callback_on_step_end=stop)
-    assert unet_batches == [2, 2] and pipe.interrupt
+    assert unet_batches == [2, 2] and pipe.diffusion.interrupt
 
 
 def test_embeddings_may_be_changed_but_not_their_shape(pipe):
@@ -392,6 +422,107 @@ def test_emotions_in_another_order_are_refused(pipe):
     space.settings["emotions"] = space.emotions = pipe.emotions[::-1]
     with pytest.raises(ValueError, match="the space lists"):
         uniemo.UniEmoPipeline(**pipe.components, space=space)
+
+
+# ---- what diffusers can do
+
+
+def test_a_lora_that_a_user_loads(pipe):
+    other = quiet_pipeline("mini")
+    before = other.generate("awe", 1, **FEW)
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    other.unet.add_adapter(settings, "made")
+    states = get_peft_model_state_dict(other.unet, adapter_name="made")
+    other.unet.delete_adapters("made")
+    other.load_lora_weights({f"unet.{k}": v for k, v in states.items()}, adapter_name="mine")
+    loaded = other.generate("awe", 1, **FEW)
+    assert largest_difference(before, loaded) > 0
+    assert other.diffusion.get_active_adapters() == ["mine"]
+    other.diffusion.unload_lora_weights()
+    assert largest_difference(before, other.generate("awe", 1, **FEW)) == 0
+
+
+def test_the_vae_in_slices(pipe):
+    plain = pipe.generate("awe", 2, **FEW)
+    pipe.diffusion.vae.enable_slicing()
+    try:
+        assert pipe.vae.use_slicing
+        assert largest_difference(plain, pipe.generate("awe", 2, **FEW)) <= 1
+    finally:
+        pipe.vae.disable_slicing()
+
+
+def test_diffusion_follows_the_parts(pipe):
+    diffusion = pipe.diffusion
+    assert diffusion is pipe.diffusion and diffusion.unet is pipe.unet
+    before = pipe.scheduler
+    pipe.scheduler = DDIMScheduler.from_config(before.config)
+    try:
+        assert pipe.diffusion is diffusion and diffusion.scheduler is pipe.scheduler
+    finally:
+        pipe.scheduler = before
+    editor = StableDiffusionImg2ImgPipeline.from_pipe(pipe.diffusion)
+    assert editor.vae is pipe.vae
+    assert "diffusion" not in pipe.components
+
+
+def test_words_of_the_negative_prompt(pipe):
+    plain, without = (
+        pipe.generate("awe", 1, negative_prompt=text, **FEW) for text in ("", "<emotion:fear>")
+    )
+    assert largest_difference(plain, without) > 5
+    with pytest.raises(ValueError, match="unknown emotion 'joy'"):
+        pipe.generate("awe", 1, negative_prompt="<emotion:joy>", **FEW)
+
+
+def test_a_distilled_unet_reads_the_guidance(pipe):
+    "Its scale is an input, not a mixture: one pass a step, and intensity goes along."
+    torch.manual_seed(0)
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
+    distilled = type(pipe.unet)(**{**config, "time_cond_proj_dim": 8}).eval()
+    missing = distilled.load_state_dict(pipe.unet.state_dict(), strict=False).missing_keys
+    assert missing == ["time_embedding.cond_proj.weight"]
+    torch.nn.init.normal_(distilled.time_embedding.cond_proj.weight)
+    scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    parts = {**pipe.components, "unet": distilled, "scheduler": scheduler}
+    other = uniemo.UniEmoPipeline(**parts, space=pipe.space)
+    other.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=2, judge=False, prompt="<emotion> dog")
+    images = [other.generate("awe", 2, guidance_scale=g, **call) for g in (1.5, 8.0)]
+    assert largest_difference(*images) > 0
+    stronger = other.generate("awe", 2, guidance_scale=8.0, intensity=2.0, **call)
+    assert largest_difference(images[1], stronger) > 0
+    alone = other.generate("awe", 1, guidance_scale=8.0, intensity=2.0, start=1, **call)
+    assert largest_difference(alone.images, stronger.images[1:]) <= 2
+
+
+FAMILIES_REFUSED = ["Stable Diffusion XL", "Stable Diffusion 3", "FLUX.1", "PixArt-Sigma", "Sana"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES_REFUSED, "Z-Image"])
+def test_other_families_are_refused_when_made(pipe, family, tmp_path):
+    "By the pipeline, by its folder before weights are read, and by its parts."
+    other = build(family)
+    own = dict(encoder=pipe.encoder, mapper=pipe.mapper, retriever=pipe.retriever)
+    said = f"not with a {type(other).__name__}: EmotionWords"
+    with pytest.raises(ValueError, match=said):
+        uniemo.UniEmoPipeline.from_diffusion(other, **own)
+    with pytest.raises(ValueError, match=said):
+        uniemo.UniEmoPipeline.from_pipe(other, **own)
+    (tmp_path / "model_index.json").write_text(json.dumps(dict(_class_name=type(other).__name__)))
+    with pytest.raises(ValueError, match=said):
+        uniemo.UniEmoPipeline.from_diffusion(tmp_path, **own)
+    parts = {**pipe.components, "unet": getattr(other, "unet", None) or other.transformer}
+    with pytest.raises(ValueError, match="EmotionWords"):
+        uniemo.UniEmoPipeline(**parts)
+
+
+def test_an_inpainting_unet_is_refused(pipe):
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
+    inpainting = type(pipe.unet)(**{**config, "in_channels": 9})
+    with pytest.raises(ValueError, match="9 channels, as that of an inpainting model.*EmotionWo"):
+        uniemo.UniEmoPipeline(**{**pipe.components, "unet": inpainting})
 
 
 # ---- folders
@@ -497,7 +628,7 @@ def test_the_note_may_have_a_byte_order_mark(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "marked")
     note = json.loads((folder / "uniemo.json").read_text())
     (folder / "uniemo.json").write_text("\ufeff" + json.dumps(note), encoding="utf-8")
-    assert quiet_pipeline(folder).diffusion is None
+    assert quiet_pipeline(folder).diffusion_name is None
 
 
 # ---- results and images

@@ -1,22 +1,18 @@
 "Words in the text towers of every family: exact, differentiable, batched, and gone afterwards."
 
 import inspect
-from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from PIL import Image
+from families import call_settings, control_net, emotion_words, painted
 from tiny_pipelines import BUILDERS, build
 
-from uniemo.correlation import AttributeRetriever, CorrelationTable
-from uniemo.fusion import PseudoWordMapper
 from uniemo.pipeline import DIFFUSION_PARTS, UniEmoPipeline
 from uniemo.towers import FAMILIES, PromptWords, family_of, slot_name, text_towers
 from uniemo.words import EmotionWords
@@ -241,6 +237,79 @@ def test_unknown_pipelines_are_refused_by_name():
         family_of(KandinskyPipeline())
 
 
+@pytest.mark.parametrize("kind", [name for names in FAMILIES.values() for name in names])
+def test_every_class_that_is_named_reads_words(kind):
+    "It is built from the parts of its family, and a real word as the word gives the same states."
+    family = next(family for family, names in FAMILIES.items() if kind in names)
+    pipe = build(family)
+    parts = dict(pipe.components)
+    if "ControlNet" in kind:
+        parts["controlnet"] = control_net(pipe, family)
+    known = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    parts = {k: v for k, v in parts.items() if k in known}
+    if "requires_safety_checker" in known:
+        parts["requires_safety_checker"] = False
+    made = getattr(diffusers, kind)(**parts)
+    assert family_of(made) == family
+    words = real(text_towers(made), "red", "dog")
+    with torch.no_grad(), injected(made, emotion=words):
+        got = encode(made, ["<emotion> castle"])
+    with torch.no_grad():
+        same(got, encode(made, ["red dog castle"]))
+
+
+def test_a_class_made_from_a_known_one_is_taken():
+    class MyPipeline(StableDiffusionPipeline):
+        pass
+
+    parts = build("Stable Diffusion 1.x and 2.x").components
+    assert family_of(MyPipeline(**parts, requires_safety_checker=False)).endswith("1.x and 2.x")
+
+
+def test_one_with_at_a_time(pipe):
+    words = real(text_towers(pipe), "red")
+    before = trace(pipe)
+    with injected(pipe, emotion=words):
+        with (
+            pytest.raises(RuntimeError, match="one `with` at a time"),
+            injected(pipe, emotion=words),
+        ):
+            pass
+        with torch.no_grad():
+            got = encode(pipe, ["<emotion> castle"])
+    assert trace(pipe) == before
+    with torch.no_grad():
+        same(got, encode(pipe, ["red castle"]))
+
+
+def test_towers_that_are_exchanged_are_found_anew():
+    pipe = build("Stable Diffusion 1.x and 2.x")
+    words = emotion_words(pipe).attach(pipe)
+    settings = call_settings(pipe)
+    words.generate("awe", 1, **settings)
+    # a textual inversion teaches the tokenizer a word
+    pipe.tokenizer.add_tokens("<cat-toy>")
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    toy = words.generate("awe", 1, prompt="<emotion> <cat-toy>", **settings)
+    dog = words.generate("awe", 1, prompt="<emotion> dog", **settings)
+    assert (painted(toy.images) != painted(dog.images)).any()
+    pipe.text_encoder = build("Stable Diffusion XL").text_encoder_2
+    with pytest.raises(ValueError, match="reads words of width 48"):
+        words.generate("awe", 1, **settings)
+
+
+def test_two_embeddings_that_share_no_memory():
+    "T5 keeps two and calls the second; offloaded or cast, they may be copies of each other."
+    pipe = build("PixArt-Sigma")
+    inner = pipe.text_encoder.encoder.embed_tokens
+    inner.weight = torch.nn.Parameter(inner.weight.detach().clone())
+    words = real(text_towers(pipe), "red", "dog")
+    with torch.no_grad(), injected(pipe, emotion=words):
+        got = encode(pipe, ["<emotion> castle"])
+    with torch.no_grad():
+        same(got, encode(pipe, ["red dog castle"]))
+
+
 def test_slots_are_letters():
     names = [slot_name(number) for number in range(676)]
     assert len(set(names)) == 676 and all(n.isalpha() and n.islower() for n in names)
@@ -249,54 +318,6 @@ def test_slots_are_letters():
 
 
 # ---- emotions
-
-
-class FewFeatures(torch.nn.Module):
-    "Stands for an encoder: names and projections are all that words need of it."
-
-    def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(class_names=["awe", "fear"])
-        self.scene_projection = torch.nn.Linear(6, 5)
-        self.object_projection = torch.nn.Linear(6, 5)
-
-
-class FewDraws:
-    "Stands for an emotion space: features [n, 6] of each generator."
-
-    emotions = ["awe", "fear"]
-
-    def sample(self, wish, count, generators):
-        shift = 0 if wish == "awe" else 3
-        drawn = [torch.randn(3, 6, generator=g) + shift for g in generators]
-        return torch.stack(drawn, 1).unbind()
-
-
-def emotion_words(pipe):
-    "Random mappers for each tower of a pipeline."
-    torch.manual_seed(5)
-    table = CorrelationTable(
-        scene={"sea": [0.9, 0.1], "cellar": [0.2, 0.8]},
-        object={"cat": [0.6, 0.4], "spider": [0.1, 0.9]},
-        emotions=["awe", "fear"],
-    )
-    widths = [tower.width for tower in text_towers(pipe)]
-    mappers = [PseudoWordMapper(6, width, separate=True) for width in widths]
-    retriever = AttributeRetriever(table, torch.eye(2, 5), torch.eye(2, 5))
-    return EmotionWords(FewFeatures(), mappers, retriever, FewDraws())
-
-
-def painted(images):
-    return np.stack([np.asarray(image, int) for image in images])
-
-
-def call_settings(pipe):
-    "Two steps at a size that the tiny models take."
-    known = inspect.signature(pipe.__call__).parameters
-    settings = dict(num_inference_steps=2, height=32, width=32)
-    settings |= dict(max_sequence_length=77, complex_human_instruction=None)
-    settings |= dict(use_resolution_binning=False)
-    return {k: v for k, v in settings.items() if k in known}
 
 
 def test_generate_with_every_family(pipe):
@@ -336,31 +357,6 @@ def test_a_negative_prompt_for_all_images():
     settings = call_settings(pipe) | dict(guidance_scale=5.0)
     plain = words.generate("awe", 2, **settings)
     other = words.generate("awe", 2, negative_prompt="blue dog", **settings)
-    assert (painted(plain.images) != painted(other.images)).any()
-
-
-@pytest.mark.parametrize("kind", ["image to image", "inpainting", "offloaded"])
-def test_other_ways_to_paint(kind):
-    pipe = build("Stable Diffusion 1.x and 2.x")
-    settings = dict(num_inference_steps=2)
-    photo = Image.new("RGB", (32, 32), "orange")
-    if kind == "image to image":
-        pipe = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-        settings |= dict(image=photo, strength=1.0)
-    elif kind == "inpainting":
-        pipe = StableDiffusionInpaintPipeline.from_pipe(pipe)
-        mask = Image.new("L", (32, 32), 255)
-        settings |= dict(image=photo, mask_image=mask, height=32, width=32)
-    else:
-        settings |= dict(height=32, width=32)
-    pipe.set_progress_bar_config(disable=True)
-    words = emotion_words(pipe).attach(pipe)
-    plain = words.generate("awe", 2, **settings)
-    if kind == "offloaded":
-        pipe.enable_model_cpu_offload(device="cpu")
-        again = words.generate("awe", 2, **settings)
-        assert (painted(again.images) == painted(plain.images)).all()
-    other = words.generate("fear", 2, **settings)
     assert (painted(plain.images) != painted(other.images)).any()
 
 

@@ -95,7 +95,7 @@ def test_files_are_those_of_one(runs):
 
 
 def test_pipeline_and_space_are_those_of_one(runs):
-    for name in ("space.safetensors", "mapper/model.safetensors", "encoder/model.safetensors"):
+    for name in ("space.safetensors", "mapper/diffusion_pytorch_model.safetensors", "encoder/model.safetensors"):
         one, two = (load_file(run.path / "pipeline" / name) for run in runs[:2])
         assert one.keys() == two.keys()
         for key, values in one.items():
@@ -140,3 +140,27 @@ def test_a_job_that_fails_is_one_clear_error(runs):
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
     with pytest.raises(RuntimeError, match="2 processes ended with code 1: .*nowhere"):
         in_processes(broken, ["understand"], 2, torchrun)
+
+
+# ---- threads
+
+
+NARROW = """
+import json, os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from uniemo.runs.folders import new_run
+from uniemo.runs.threads import thread_settings
+run = new_run("narrow", {}, runs_dir=".", run_id="narrow")
+print(json.dumps([run.env["threads"], thread_settings()]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a matter of Linux")
+def test_threads_follow_what_the_process_may_use(tmp_path):
+    "Of however many processors one may be used: env.json says so, and the notebook gets one."
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    command = [sys.executable, "-c", NARROW]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said, given = json.loads(done.stdout)
+    assert said == dict(cores=os.cpu_count(), usable=1, threads="1")
+    assert given == dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")

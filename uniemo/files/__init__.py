@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         run_onnx,
     )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
-    from .pipelines import HUB, NOTE, PLACED, find_pipeline, load_parts, read_base
+    from .pipelines import HUB, HUB_NAME, KNOWN, NOTE, PLACED, find_pipeline, load_parts, read_base
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
     from .spaces import (
         PARTS,
@@ -122,7 +122,16 @@ _rooms = {
         "run_onnx",
     ],
     "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
-    "pipelines": ["HUB", "NOTE", "PLACED", "find_pipeline", "load_parts", "read_base"],
+    "pipelines": [
+        "HUB",
+        "HUB_NAME",
+        "KNOWN",
+        "NOTE",
+        "PLACED",
+        "find_pipeline",
+        "load_parts",
+        "read_base",
+    ],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
     "spaces": [
         "PARTS",

@@ -92,7 +92,7 @@ def test_a_column_of_splits_in_an_arrow_folder(tmp_path):
 def test_what_cannot_be_decoded_or_is_missing_is_named(tmp_path):
     data = made(8).cast_column("image", datasets.Image(decode=False))
     cells = data["image"]
-    broken = [dict(bytes=b"none", path=None), dict(bytes=None, path=None), *cells[2:]]
+    broken = [dict(bytes=b"none", path=None), None, *cells[2:]]
     data = data.remove_columns("image").add_column("image", broken)
     data = data.cast_column("image", datasets.Image(decode=False))
     data.save_to_disk(tmp_path / "broken")

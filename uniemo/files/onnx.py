@@ -167,7 +167,7 @@ def check_onnx():
             f'exporting needs an extra ({error}): pip install "uniemo[onnx]"'
         ) from None
 
-
+# %% ../../nbs/files/onnx.ipynb #c0ffee22
 @torch.no_grad()
 def export_onnx(
     pipe,  # a `UniEmoPipeline` on the CPU, float32, with queries

@@ -71,7 +71,7 @@ class LinearHead:
     def __call__(self, features: ArrayLike) -> np.ndarray:
         return as_array(features).astype(float) @ self.weight + self.bias
 
-
+# %% ../../nbs/measure/affect.ipynb #fithead1
 def fit_head(
     features: ArrayLike,  # [n, d]
     ratings: ArrayLike,  # [n, k], such as valence and arousal

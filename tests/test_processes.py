@@ -95,7 +95,11 @@ def test_files_are_those_of_one(runs):
 
 
 def test_pipeline_and_space_are_those_of_one(runs):
-    for name in ("space.safetensors", "mapper/diffusion_pytorch_model.safetensors", "encoder/model.safetensors"):
+    for name in (
+        "space.safetensors",
+        "mapper/diffusion_pytorch_model.safetensors",
+        "encoder/model.safetensors",
+    ):
         one, two = (load_file(run.path / "pipeline" / name) for run in runs[:2])
         assert one.keys() == two.keys()
         for key, values in one.items():

@@ -64,7 +64,16 @@ if TYPE_CHECKING:
         is_fault,
         requirements,
     )
-    from .photos import SHORT, find_photos, images_below, plot_photos, understand, understand_photos
+    from .photos import (
+        SHORT,
+        find_photos,
+        images_below,
+        novelty_text,
+        once_for_all,
+        plot_photos,
+        understand,
+        understand_photos,
+    )
     from .pictures import (
         Out,
         Steps,
@@ -158,6 +167,8 @@ _rooms = {
         "SHORT",
         "find_photos",
         "images_below",
+        "novelty_text",
+        "once_for_all",
         "plot_photos",
         "understand",
         "understand_photos",

@@ -372,7 +372,7 @@ def emogen_folders(rng, folder):
 @kind
 def pipeline_folders(rng, folder):
     shutil.copytree(shipped_folder("uniemo"), folder, dirs_exist_ok=True)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     path = rng.choice(paths)
     how = rng.choice(("file", "tensors", "settings"))
     if how == "tensors" and path.suffix == ".safetensors" and path.name != "space.safetensors":

@@ -106,7 +106,7 @@ def read_names(
         )
     return names
 
-
+# %% ../../nbs/commands/annotation.ipynb #61fba622
 def open_reader(
     model: str,  # 'mini', a folder, or a hub id of a CLIP
     names: dict[str, list[str]],
@@ -170,7 +170,7 @@ def judge_claims(claims, truth: dict[str, list]):
     right = [normalize_name(name) in truth[kind][row] for row, kind, name in triples]
     return claims.assign(right=right)
 
-
+# %% ../../nbs/commands/annotation.ipynb #01c10971
 def calibrate(
     claims,  # of `claims_of`
     truth: dict[str, list],  # of `true_names`
@@ -367,7 +367,7 @@ def known_sets(parts: dict) -> list:
         )
     return sets
 
-
+# %% ../../nbs/commands/annotation.ipynb #b22976c6
 def print_calibrations(fitted: list, precision: float):
     "How the thresholds were found, as a table."
     heads = ["kind", "threshold", "right", "of", "recall", "images"]

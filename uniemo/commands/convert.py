@@ -111,7 +111,7 @@ def statistics_of(
         for e, emotion in enumerate(space.emotions)
     }
 
-
+# %% ../../nbs/commands/convert.ipynb #d483a512
 def save_vectors(
     statistics: dict,  # of `statistics_of`
     folder: Path,
@@ -159,7 +159,7 @@ def to_authors(source: Path, out: Path) -> list[str]:
         written.append("<emotion>_<part>_mean.pt, _std.pt")
     return written
 
-
+# %% ../../nbs/commands/convert.ipynb #e5352269
 def to_emogen(source: Path, out: Path) -> list[str]:
     "A table of coefficients and the class part of a space as EmoGen's files; what was written."
     import pickle

@@ -10,6 +10,7 @@ __all__ = ['NOT_FOR_USERS', 'NAMED', 'CHECKS', 'CAN_WAIT', 'check_data', 'instal
 import os
 import platform
 import re
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -111,7 +112,7 @@ def check_devices() -> list[tuple]:
             remedy = "this torch is for CPUs: install one with CUDA, see pytorch.org"
     return rows + [("GPU", gpus, remedy)]
 
-
+# %% ../../nbs/commands/doctor.ipynb #23504992
 def check_models() -> list[tuple]:
     "Rows of the shipped models, and of those that the paper's setting needs."
     from uniemo.files.needed import local_folder

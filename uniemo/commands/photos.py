@@ -60,7 +60,7 @@ def once_for_all() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"\d+ of \d+ images are unlike")
         yield
 
-
+# %% ../../nbs/commands/photos.ipynb #5a78b88c
 def understand_photos(
     pipe,  # a `UniEmoPipeline`
     paths: list[Path],
@@ -100,7 +100,7 @@ def understand_photos(
 # columns for people; a model tells some of them only
 SHORT = ("path", "emotion", "confidence", "scene", "object", "unlike")
 
-
+# %% ../../nbs/commands/photos.ipynb #be2568c8
 def understand(
     photos: Annotated[
         list[str], typer.Argument(metavar="PHOTO...", help="files, folders, or patterns in quotes")

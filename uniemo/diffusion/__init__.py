@@ -7,10 +7,88 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .inversion import InversionStage
-    from .latents import LatentData, PIECE, both_latents, cache_latents, check_side, flip_together, image_side, latents_key, open_diffusion, scaled_latents, vae_pixels, write_latents
+    from .latents import (
+        LatentData,
+        PIECE,
+        both_latents,
+        cache_latents,
+        check_side,
+        flip_together,
+        image_side,
+        latents_key,
+        open_diffusion,
+        scaled_latents,
+        vae_pixels,
+        write_latents,
+    )
     from .noise import DenoisingPart
-    from .painting import DIFFUSION_PARTS, EmotionGuidance, LatentEditor, Painter, check_unet, image_noise, refuse, step_callback
-    from .warm import AnnotatedFeatures, CaptionsStage, INPUTS, NamesStage, captions_of, descend, fitting_caption, name_embeddings, name_targets, read_features, resting, standardise, warm_start
+    from .painting import (
+        DIFFUSION_PARTS,
+        EmotionGuidance,
+        LatentEditor,
+        Painter,
+        check_unet,
+        image_noise,
+        refuse,
+        step_callback,
+    )
+    from .warm import (
+        AnnotatedFeatures,
+        CaptionsStage,
+        INPUTS,
+        NamesStage,
+        captions_of,
+        descend,
+        fitting_caption,
+        name_embeddings,
+        name_targets,
+        read_features,
+        resting,
+        standardise,
+        warm_start,
+    )
 
-_rooms = {'inversion': ['InversionStage'], 'latents': ['LatentData', 'PIECE', 'both_latents', 'cache_latents', 'check_side', 'flip_together', 'image_side', 'latents_key', 'open_diffusion', 'scaled_latents', 'vae_pixels', 'write_latents'], 'noise': ['DenoisingPart'], 'painting': ['DIFFUSION_PARTS', 'EmotionGuidance', 'LatentEditor', 'Painter', 'check_unet', 'image_noise', 'refuse', 'step_callback'], 'warm': ['AnnotatedFeatures', 'CaptionsStage', 'INPUTS', 'NamesStage', 'captions_of', 'descend', 'fitting_caption', 'name_embeddings', 'name_targets', 'read_features', 'resting', 'standardise', 'warm_start']}
+_rooms = {
+    "inversion": ["InversionStage"],
+    "latents": [
+        "LatentData",
+        "PIECE",
+        "both_latents",
+        "cache_latents",
+        "check_side",
+        "flip_together",
+        "image_side",
+        "latents_key",
+        "open_diffusion",
+        "scaled_latents",
+        "vae_pixels",
+        "write_latents",
+    ],
+    "noise": ["DenoisingPart"],
+    "painting": [
+        "DIFFUSION_PARTS",
+        "EmotionGuidance",
+        "LatentEditor",
+        "Painter",
+        "check_unet",
+        "image_noise",
+        "refuse",
+        "step_callback",
+    ],
+    "warm": [
+        "AnnotatedFeatures",
+        "CaptionsStage",
+        "INPUTS",
+        "NamesStage",
+        "captions_of",
+        "descend",
+        "fitting_caption",
+        "name_embeddings",
+        "name_targets",
+        "read_features",
+        "resting",
+        "standardise",
+        "warm_start",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

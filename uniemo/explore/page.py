@@ -59,7 +59,7 @@ pictures. Of a photograph it sees what it knows from there, and is often confide
 # pictures that the page shows: no button leads out of it
 SHOWN = dict(interactive=False, format="png", buttons=["download", "fullscreen"])
 
-
+# %% ../../nbs/explore/page.ipynb #c0ffee30
 def enlarged(
     image: Image.Image,
     side: int = 256,  # what the shorter side has at least, in pixels
@@ -68,7 +68,7 @@ def enlarged(
     factor = -(-side // min(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.BICUBIC)
 
-
+# %% ../../nbs/explore/page.ipynb #c0ffee31
 def wish_of(  # noqa: PLR0913 - one value of each control, in their order on the page
     emotion: str,
     second: str,

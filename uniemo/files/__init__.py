@@ -6,16 +6,164 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .disk import ANEW, FETCH, FULL, FileError, SIGNS, check_regular, describe_file, disk_full, flush, is_disk_full, read_json, write_file
+    from .disk import (
+        ANEW,
+        FETCH,
+        FULL,
+        FileError,
+        SIGNS,
+        check_regular,
+        describe_file,
+        disk_full,
+        flush,
+        is_disk_full,
+        read_json,
+        write_file,
+    )
     from .emogen import EmoGenFiles, load_emogen, read_classifier, read_coefficients, read_table
-    from .needed import CLIP_FILES, DIFFUSION_FILES, EMOSET_FILES, ENCODER_FILES, TOKENIZER, local_folder, look_for, opens, refuse_missing
-    from .onnx import NETWORKS, OnnxDecoder, OnnxDenoiser, OnnxEncoder, OnnxText, OnnxWords, check_onnx, compare_onnx, example_inputs, export_onnx, run_onnx
+    from .needed import (
+        CLIP_FILES,
+        DIFFUSION_FILES,
+        EMOSET_FILES,
+        ENCODER_FILES,
+        TOKENIZER,
+        local_folder,
+        look_for,
+        opens,
+        refuse_missing,
+    )
+    from .onnx import (
+        NETWORKS,
+        OnnxDecoder,
+        OnnxDenoiser,
+        OnnxEncoder,
+        OnnxText,
+        OnnxWords,
+        check_onnx,
+        compare_onnx,
+        example_inputs,
+        export_onnx,
+        run_onnx,
+    )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
     from .pipelines import HUB, HUB_NAME, KNOWN, NOTE, PLACED, find_pipeline, load_parts, read_base
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
-    from .spaces import PARTS, read_space, space_of_statistics, space_shapes, space_tensors, write_space
-    from .uniemo import UniEmoFiles, load_uniemo, official_name, official_state, read_mlp, read_state, read_statistics
-    from .weights import NO_WRAPPERS, WRAPPERS, WeightsError, check_state, check_tensors, is_finite, list_names, load_pretrained, quiet, read_metadata, read_tensors, strip_wrappers, write_tensors
+    from .spaces import (
+        PARTS,
+        read_space,
+        space_of_statistics,
+        space_shapes,
+        space_tensors,
+        write_space,
+    )
+    from .uniemo import (
+        UniEmoFiles,
+        load_uniemo,
+        official_name,
+        official_state,
+        read_mlp,
+        read_state,
+        read_statistics,
+    )
+    from .weights import (
+        NO_WRAPPERS,
+        WRAPPERS,
+        WeightsError,
+        check_state,
+        check_tensors,
+        is_finite,
+        list_names,
+        load_pretrained,
+        quiet,
+        read_metadata,
+        read_tensors,
+        strip_wrappers,
+        write_tensors,
+    )
 
-_rooms = {'disk': ['ANEW', 'FETCH', 'FULL', 'FileError', 'SIGNS', 'check_regular', 'describe_file', 'disk_full', 'flush', 'is_disk_full', 'read_json', 'write_file'], 'emogen': ['EmoGenFiles', 'load_emogen', 'read_classifier', 'read_coefficients', 'read_table'], 'needed': ['CLIP_FILES', 'DIFFUSION_FILES', 'EMOSET_FILES', 'ENCODER_FILES', 'TOKENIZER', 'local_folder', 'look_for', 'opens', 'refuse_missing'], 'onnx': ['NETWORKS', 'OnnxDecoder', 'OnnxDenoiser', 'OnnxEncoder', 'OnnxText', 'OnnxWords', 'check_onnx', 'compare_onnx', 'example_inputs', 'export_onnx', 'run_onnx'], 'pickles': ['LIMIT', 'RefusedFile', 'count_items', 'read_pickle', 'read_torch'], 'pipelines': ['HUB', 'HUB_NAME', 'KNOWN', 'NOTE', 'PLACED', 'find_pipeline', 'load_parts', 'read_base'], 'shipped': ['check_manifest', 'read_manifest', 'sha256', 'shipped_folder'], 'spaces': ['PARTS', 'read_space', 'space_of_statistics', 'space_shapes', 'space_tensors', 'write_space'], 'uniemo': ['UniEmoFiles', 'load_uniemo', 'official_name', 'official_state', 'read_mlp', 'read_state', 'read_statistics'], 'weights': ['NO_WRAPPERS', 'WRAPPERS', 'WeightsError', 'check_state', 'check_tensors', 'is_finite', 'list_names', 'load_pretrained', 'quiet', 'read_metadata', 'read_tensors', 'strip_wrappers', 'write_tensors']}
+_rooms = {
+    "disk": [
+        "ANEW",
+        "FETCH",
+        "FULL",
+        "FileError",
+        "SIGNS",
+        "check_regular",
+        "describe_file",
+        "disk_full",
+        "flush",
+        "is_disk_full",
+        "read_json",
+        "write_file",
+    ],
+    "emogen": ["EmoGenFiles", "load_emogen", "read_classifier", "read_coefficients", "read_table"],
+    "needed": [
+        "CLIP_FILES",
+        "DIFFUSION_FILES",
+        "EMOSET_FILES",
+        "ENCODER_FILES",
+        "TOKENIZER",
+        "local_folder",
+        "look_for",
+        "opens",
+        "refuse_missing",
+    ],
+    "onnx": [
+        "NETWORKS",
+        "OnnxDecoder",
+        "OnnxDenoiser",
+        "OnnxEncoder",
+        "OnnxText",
+        "OnnxWords",
+        "check_onnx",
+        "compare_onnx",
+        "example_inputs",
+        "export_onnx",
+        "run_onnx",
+    ],
+    "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
+    "pipelines": [
+        "HUB",
+        "HUB_NAME",
+        "KNOWN",
+        "NOTE",
+        "PLACED",
+        "find_pipeline",
+        "load_parts",
+        "read_base",
+    ],
+    "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
+    "spaces": [
+        "PARTS",
+        "read_space",
+        "space_of_statistics",
+        "space_shapes",
+        "space_tensors",
+        "write_space",
+    ],
+    "uniemo": [
+        "UniEmoFiles",
+        "load_uniemo",
+        "official_name",
+        "official_state",
+        "read_mlp",
+        "read_state",
+        "read_statistics",
+    ],
+    "weights": [
+        "NO_WRAPPERS",
+        "WRAPPERS",
+        "WeightsError",
+        "check_state",
+        "check_tensors",
+        "is_finite",
+        "list_names",
+        "load_pretrained",
+        "quiet",
+        "read_metadata",
+        "read_tensors",
+        "strip_wrappers",
+        "write_tensors",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

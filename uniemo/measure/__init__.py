@@ -6,23 +6,277 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .affect import LinearHead, PENALTIES, affect_scores, agreement, colour_histogram, concordance, fit_head, held_out_predictions
+    from .affect import (
+        LinearHead,
+        PENALTIES,
+        affect_scores,
+        agreement,
+        colour_histogram,
+        concordance,
+        fit_head,
+        held_out_predictions,
+    )
     from .attention import class_attention, pointing, pointing_table
-    from .classification import accuracy, calibration_bins, calibration_error, check_predictions, check_votes, confusion_matrix, evaluate, evaluate_classes, fit_temperature, macro_f1, per_class, polarity_accuracy, scores, vote_divergence, wheel_distance, with_temperature
+    from .classification import (
+        accuracy,
+        calibration_bins,
+        calibration_error,
+        check_predictions,
+        check_votes,
+        confusion_matrix,
+        evaluate,
+        evaluate_classes,
+        fit_temperature,
+        macro_f1,
+        per_class,
+        polarity_accuracy,
+        scores,
+        vote_divergence,
+        wheel_distance,
+        with_temperature,
+    )
     from .curves import LESS_IS_BETTER, plot_curves, read_log
     from .evidence import Evidence, EvidenceReader, open_image
-    from .facility import CHOSEN, FacilityLocation, GROUP_FULL, OPEN, TOO_NEAR, facility_location, facility_value
-    from .generation import HIGHER_IS_BETTER, MetricSettings, NEEDS, NEEDS_OF_JUDGE, Networks, clip_similarity, draw_pairs, evaluate_generation, fid, fid_to, kid, mean_over_emotions, perceptual_diversity, semantic_clarity, semantic_diversity
-    from .intervals import Interval, as_array, bootstrap, difference, differences, mean_interval, proportion, shifted_bootstrap
+    from .facility import (
+        CHOSEN,
+        FacilityLocation,
+        GROUP_FULL,
+        OPEN,
+        TOO_NEAR,
+        facility_location,
+        facility_value,
+    )
+    from .generation import (
+        HIGHER_IS_BETTER,
+        MetricSettings,
+        NEEDS,
+        NEEDS_OF_JUDGE,
+        Networks,
+        clip_similarity,
+        draw_pairs,
+        evaluate_generation,
+        fid,
+        fid_to,
+        kid,
+        mean_over_emotions,
+        perceptual_diversity,
+        semantic_clarity,
+        semantic_diversity,
+    )
+    from .intervals import (
+        Interval,
+        as_array,
+        bootstrap,
+        difference,
+        differences,
+        mean_interval,
+        proportion,
+        shifted_bootstrap,
+    )
     from .moments import add_rows, merge_moments, moments
-    from .neighbours import Balls, check_features, coverage_scores, half_squares, nearest, precision_recall, unit
-    from .networks import CLIPFeatures, LPIPS, Method, PRETRAINED, alexnet_layers, apply_network, as_images, evaluating, from_torchmetrics, inception, lpips_alex, pretrained_file
-    from .novelty import NOVELTY, Novelty, add_novelty, as_features, fit_novelty, novelty_features, output_features, whitening
+    from .neighbours import (
+        Balls,
+        check_features,
+        coverage_scores,
+        half_squares,
+        nearest,
+        precision_recall,
+        unit,
+    )
+    from .networks import (
+        CLIPFeatures,
+        LPIPS,
+        Method,
+        PRETRAINED,
+        alexnet_layers,
+        apply_network,
+        as_images,
+        evaluating,
+        from_torchmetrics,
+        inception,
+        lpips_alex,
+        pretrained_file,
+    )
+    from .novelty import (
+        NOVELTY,
+        Novelty,
+        add_novelty,
+        as_features,
+        fit_novelty,
+        novelty_features,
+        output_features,
+        whitening,
+    )
     from .pictures import grid, overlay, plot_attention
-    from .plots import BINS, heat_map, plot_classes, plot_confusion, plot_differences, plot_intervals, plot_reliability
+    from .plots import (
+        BINS,
+        heat_map,
+        plot_classes,
+        plot_confusion,
+        plot_differences,
+        plot_intervals,
+        plot_reliability,
+    )
     from .published import ClassifierJudge, METRICS, PUBLISHED, beside_published, published_networks
-    from .theme import DASHES, HATCHES, MARKERS, PALETTE, SETTINGS, new_axes, set_figure_finding, set_finding, theme, themed
-    from .thresholds import FilterThresholds, SAME_IMAGE, attribute_margin, check_evidence, fit_thresholds, own_confidence
+    from .theme import (
+        DASHES,
+        HATCHES,
+        MARKERS,
+        PALETTE,
+        SETTINGS,
+        new_axes,
+        set_figure_finding,
+        set_finding,
+        theme,
+        themed,
+    )
+    from .thresholds import (
+        FilterThresholds,
+        SAME_IMAGE,
+        attribute_margin,
+        check_evidence,
+        fit_thresholds,
+        own_confidence,
+    )
 
-_rooms = {'affect': ['LinearHead', 'PENALTIES', 'affect_scores', 'agreement', 'colour_histogram', 'concordance', 'fit_head', 'held_out_predictions'], 'attention': ['class_attention', 'pointing', 'pointing_table'], 'classification': ['accuracy', 'calibration_bins', 'calibration_error', 'check_predictions', 'check_votes', 'confusion_matrix', 'evaluate', 'evaluate_classes', 'fit_temperature', 'macro_f1', 'per_class', 'polarity_accuracy', 'scores', 'vote_divergence', 'wheel_distance', 'with_temperature'], 'curves': ['LESS_IS_BETTER', 'plot_curves', 'read_log'], 'evidence': ['Evidence', 'EvidenceReader', 'open_image'], 'facility': ['CHOSEN', 'FacilityLocation', 'GROUP_FULL', 'OPEN', 'TOO_NEAR', 'facility_location', 'facility_value'], 'generation': ['HIGHER_IS_BETTER', 'MetricSettings', 'NEEDS', 'NEEDS_OF_JUDGE', 'Networks', 'clip_similarity', 'draw_pairs', 'evaluate_generation', 'fid', 'fid_to', 'kid', 'mean_over_emotions', 'perceptual_diversity', 'semantic_clarity', 'semantic_diversity'], 'intervals': ['Interval', 'as_array', 'bootstrap', 'difference', 'differences', 'mean_interval', 'proportion', 'shifted_bootstrap'], 'moments': ['add_rows', 'merge_moments', 'moments'], 'neighbours': ['Balls', 'check_features', 'coverage_scores', 'half_squares', 'nearest', 'precision_recall', 'unit'], 'networks': ['CLIPFeatures', 'LPIPS', 'Method', 'PRETRAINED', 'alexnet_layers', 'apply_network', 'as_images', 'evaluating', 'from_torchmetrics', 'inception', 'lpips_alex', 'pretrained_file'], 'novelty': ['NOVELTY', 'Novelty', 'add_novelty', 'as_features', 'fit_novelty', 'novelty_features', 'output_features', 'whitening'], 'pictures': ['grid', 'overlay', 'plot_attention'], 'plots': ['BINS', 'heat_map', 'plot_classes', 'plot_confusion', 'plot_differences', 'plot_intervals', 'plot_reliability'], 'published': ['ClassifierJudge', 'METRICS', 'PUBLISHED', 'beside_published', 'published_networks'], 'theme': ['DASHES', 'HATCHES', 'MARKERS', 'PALETTE', 'SETTINGS', 'new_axes', 'set_figure_finding', 'set_finding', 'theme', 'themed'], 'thresholds': ['FilterThresholds', 'SAME_IMAGE', 'attribute_margin', 'check_evidence', 'fit_thresholds', 'own_confidence']}
+_rooms = {
+    "affect": [
+        "LinearHead",
+        "PENALTIES",
+        "affect_scores",
+        "agreement",
+        "colour_histogram",
+        "concordance",
+        "fit_head",
+        "held_out_predictions",
+    ],
+    "attention": ["class_attention", "pointing", "pointing_table"],
+    "classification": [
+        "accuracy",
+        "calibration_bins",
+        "calibration_error",
+        "check_predictions",
+        "check_votes",
+        "confusion_matrix",
+        "evaluate",
+        "evaluate_classes",
+        "fit_temperature",
+        "macro_f1",
+        "per_class",
+        "polarity_accuracy",
+        "scores",
+        "vote_divergence",
+        "wheel_distance",
+        "with_temperature",
+    ],
+    "curves": ["LESS_IS_BETTER", "plot_curves", "read_log"],
+    "evidence": ["Evidence", "EvidenceReader", "open_image"],
+    "facility": [
+        "CHOSEN",
+        "FacilityLocation",
+        "GROUP_FULL",
+        "OPEN",
+        "TOO_NEAR",
+        "facility_location",
+        "facility_value",
+    ],
+    "generation": [
+        "HIGHER_IS_BETTER",
+        "MetricSettings",
+        "NEEDS",
+        "NEEDS_OF_JUDGE",
+        "Networks",
+        "clip_similarity",
+        "draw_pairs",
+        "evaluate_generation",
+        "fid",
+        "fid_to",
+        "kid",
+        "mean_over_emotions",
+        "perceptual_diversity",
+        "semantic_clarity",
+        "semantic_diversity",
+    ],
+    "intervals": [
+        "Interval",
+        "as_array",
+        "bootstrap",
+        "difference",
+        "differences",
+        "mean_interval",
+        "proportion",
+        "shifted_bootstrap",
+    ],
+    "moments": ["add_rows", "merge_moments", "moments"],
+    "neighbours": [
+        "Balls",
+        "check_features",
+        "coverage_scores",
+        "half_squares",
+        "nearest",
+        "precision_recall",
+        "unit",
+    ],
+    "networks": [
+        "CLIPFeatures",
+        "LPIPS",
+        "Method",
+        "PRETRAINED",
+        "alexnet_layers",
+        "apply_network",
+        "as_images",
+        "evaluating",
+        "from_torchmetrics",
+        "inception",
+        "lpips_alex",
+        "pretrained_file",
+    ],
+    "novelty": [
+        "NOVELTY",
+        "Novelty",
+        "add_novelty",
+        "as_features",
+        "fit_novelty",
+        "novelty_features",
+        "output_features",
+        "whitening",
+    ],
+    "pictures": ["grid", "overlay", "plot_attention"],
+    "plots": [
+        "BINS",
+        "heat_map",
+        "plot_classes",
+        "plot_confusion",
+        "plot_differences",
+        "plot_intervals",
+        "plot_reliability",
+    ],
+    "published": [
+        "ClassifierJudge",
+        "METRICS",
+        "PUBLISHED",
+        "beside_published",
+        "published_networks",
+    ],
+    "theme": [
+        "DASHES",
+        "HATCHES",
+        "MARKERS",
+        "PALETTE",
+        "SETTINGS",
+        "new_axes",
+        "set_figure_finding",
+        "set_finding",
+        "theme",
+        "themed",
+    ],
+    "thresholds": [
+        "FilterThresholds",
+        "SAME_IMAGE",
+        "attribute_margin",
+        "check_evidence",
+        "fit_thresholds",
+        "own_confidence",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -27,6 +27,8 @@ from ..data.transforms import ByteView, CentreCrop, Transform
 from ..feedback import generate_candidates, select
 from ..filtering import CRITERIA, name_reader
 from ..joint import JointConfig, train_joint
+
+# %% ../../nbs/mini/rehearsal.ipynb #4d06f1ef
 from ..measure.evidence import open_image
 from ..measure.generation import evaluate_generation
 from .judge import mini_networks
@@ -225,7 +227,7 @@ class Scene:
     trial: Trial
     text: dict
 
-
+# %% ../../nbs/mini/rehearsal.ipynb #12ac666f
 def _try_understanding(found, scene, name="stage 1", extra=None):
     "Some steps of stage 1, or with `extra` of stage 3."
     clock, folder = StepClock(), scene.folder / name.replace(" ", "-")
@@ -319,7 +321,7 @@ def _try_filter(found, scene, table):
     found.written("kept images", folder_size(folder), folder_size(folder) / kept * most)
     return chosen.folder
 
-
+# %% ../../nbs/mini/rehearsal.ipynb #58da227a
 def _try_metrics(found, scene, table):
     "Metrics of those images, by the small networks that ship."
     side = scene.plan.metric_size

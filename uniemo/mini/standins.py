@@ -138,7 +138,7 @@ def write_random_models(
         _random_diffusion(size).save_pretrained(diffusion_folder)
     return clip_folder, diffusion_folder
 
-
+# %% ../../nbs/mini/standins.ipynb #595ac399
 def _random_diffusion(size):
     "A Stable Diffusion pipeline with random weights, in half precision."
     backbone, diffusion = SIZES[size]

@@ -74,7 +74,7 @@ def resident_memory() -> int:
     "Bytes that this process holds now."
     return psutil.Process().memory_info().rss
 
-
+# %% ../../nbs/runs/forecast.ipynb #03e7082b
 @dataclass
 class StepClock:
     "Stands in the place of a run: when each step was logged, and the memory then."
@@ -119,7 +119,7 @@ class Peak:
     host: int = 0
     device: int = 0
 
-
+# %% ../../nbs/runs/forecast.ipynb #fef830b5
 @contextmanager
 def watch_memory(
     every: float = 0.05,  # seconds between two looks

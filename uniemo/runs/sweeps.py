@@ -135,7 +135,7 @@ def _devices(jobs):
     there = [d for d in given.split(",") if d]
     return [there[k % len(there)] if there else None for k in range(jobs)]
 
-
+# %% ../../nbs/runs/sweeps.ipynb #1a12139b
 def _environment(device, jobs):
     "Of a local process: its share of the processors, and its GPU."
     share = max(1, usable_cores() // jobs)

@@ -39,7 +39,7 @@ STEMS = {
 
 
 class NotThere(Exception):
-    "diffusers offers nothing of the kind for this family."
+    "diffusers offers nothing of the kind for this family, or it is not tried."
 
 
 # ---- words of random models
@@ -367,7 +367,7 @@ ABILITIES = [
 
 
 def outcome(family, ability):
-    "`yes`, `no`, or `-` where diffusers has nothing of the kind."
+    "`yes`, `no`, or `-` where it is not there or not tried."
     try:
         return "yes" if ability.trial(build(family), family) else "no"
     except NotThere:

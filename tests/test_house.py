@@ -241,13 +241,12 @@ def test_readme_is_in_sync():
     )
 
 
-def test_home_page_names_every_notebook():
+def test_home_page_names_every_chapter_and_experiment():
+    "The other rooms stand in the side bar."
     body = house.readme()[0]
-    assert [
-        p.name
-        for p in ALL
-        if p.stem != "index" and f"({p.relative_to(ROOT).as_posix()})" not in body
-    ] == [], "execute nbs/index.ipynb anew, then: make prepare"
+    shown = [p for p in ALL if p.parent in (NBS, NBS / "experiments") and p.stem != "index"]
+    missing = [p.name for p in shown if f"({p.relative_to(ROOT).as_posix()})" not in body]
+    assert len(shown) > 20 and missing == [], "execute nbs/index.ipynb anew, then: make prepare"
 
 
 def test_readme_leads_somewhere():

@@ -116,6 +116,7 @@ def image_noise(
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 
+# %% ../../nbs/diffusion/painting.ipynb #337f225d
 class LatentEditor(StableDiffusionImg2ImgPipeline):
     "diffusers' image to image from latents, with the noise of `image_noise`."
 
@@ -184,6 +185,7 @@ def refuse(what: str):
 DIFFUSION_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
+# %% ../../nbs/diffusion/painting.ipynb #48a1d59c
 class Painter(
     DiffusionPipeline,
     StableDiffusionMixin,

@@ -552,6 +552,7 @@ class AttributeRetriever(NamedRows):
         return Retrieved(*alphas, *positions)
 
 
+# %% ../nbs/06_correlation.ipynb #alias017
 # pipelines that were saved before call it so
 Retriever = AttributeRetriever
 

@@ -15,7 +15,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-from ..data.emoset import EmoSet
 from ..emotions import MIKELS
 from ..files.shipped import shipped_folder
 from ..files.weights import quiet

@@ -334,6 +334,10 @@ def network_inputs(tensors: dict) -> dict:
     return {name: values for name, values in tensors.items() if name != "images"}
 
 
+def _count(data):
+    return len(data["label"]) if isinstance(data, dict) else len(data)
+
+
 def plain_batches(
     data,  # a split: tensors by name, or a data set on disk
     view: NetworkView | None = None,  # how a data set is read; None: as it is
@@ -490,10 +494,6 @@ def _plain(data, view):
     if isinstance(data, dict):
         return network_inputs(data)
     return with_view(data, view)
-
-
-def _count(data):
-    return len(data["label"]) if isinstance(data, dict) else len(data)
 
 
 # %% ../nbs/05_understanding.ipynb #0a5d5553

@@ -245,7 +245,7 @@ def test_emoset_by_parameters_only(tmp_path):
         and not summary["dry"]
         and len(list((run.dir / "images").glob("*.png"))) == 16
     )
-    shutil.rmtree(run.dir / "checkpoints/joint")
+    shutil.rmtree(run.dir / "stage-2")
     run._set(status="interrupted")
     again = resume(run, progress=False)
     assert (

@@ -13,7 +13,9 @@ from uniemo.files.weights import WeightsError
 from uniemo.pipeline import UniEmoPipeline
 
 
-@pytest.mark.parametrize("name", ["C:\\x", "", " ", "\n", "../../x", "x" * 400, "a\0b", "a/b/c", 3])
+@pytest.mark.parametrize(
+    "name", ["C:\\x", "", " ", "\n", "../../no/such", "x" * 400, "a\0b", "a/b/c", 3]
+)
 def test_a_diffusion_model_that_cannot_be_one(name, tmp_path):
     note = tmp_path / "uniemo.json"
     note.write_text(json.dumps(dict(diffusion=name)))

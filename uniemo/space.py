@@ -24,6 +24,7 @@ __all__ = [
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,11 @@ class SpaceSettings:
 def check_settings(space):
     "Refuse settings of a space that mean nothing."
     if space.kind not in KINDS:
-        raise ValueError(f"the kind of a space is one of {_names(KINDS)}, not {space.kind!r}")
+        nearest = get_close_matches(str(space.kind), KINDS, 1, 0)[0]
+        raise ValueError(
+            f"the kind of a space is one of {_names(KINDS)}, not {space.kind!r}; "
+            f"the nearest is {nearest!r}"
+        )
     if min(space.rank, space.jitter, space.bank_size - 1, space.hidden_size - 1) < 0:
         raise ValueError(
             "rank and jitter are 0 or more, bank_size and hidden_size 1 or more: "

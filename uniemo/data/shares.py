@@ -102,6 +102,9 @@ def draw_rows(
     count: int,  # rows that are here
 ) -> torch.Tensor:  # [count, ...]
     "Random rows; of a batch that is cut, those that the whole would have had here."
+    if torch.compiler.is_compiling():
+        # a compiled region cannot look at what surrounds it, and draws its own
+        return draw(count)
     share = _share.get()
     if share is None or share.total == count or len(share.rows) != count:
         return draw(count)
@@ -115,6 +118,8 @@ def drop_rows(
     training: bool = True,
 ) -> torch.Tensor:
     "Dropout whose mask belongs to the rows, however the batch is cut."
+    if torch.compiler.is_compiling():
+        return F.dropout(x, probability, training)
     share = _share.get()
     if not training or not probability or share is None or share.total == len(x):
         return F.dropout(x, probability, training)

@@ -33,7 +33,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.axes import Axes
 
 from ..files.disk import write_file
 from .execution import RunFailed, resume, start, terminable
@@ -42,10 +44,6 @@ from .grids import cell_name, read_grid
 from .parameters import find_notebook, read_notebook, read_parameters
 from .tables import flatten, main_metric
 from .threads import usable_cores
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 # %% ../../nbs/runs/sweeps.ipynb #73b57d42
 RECORD = "sweep.json"
@@ -338,10 +336,8 @@ class Sweep:
     def table(
         self,
         metric: str | None = None,  # of the summaries; None: the main one
-    ) -> "pd.DataFrame":  # what is swept, `run`, `status`, `seconds`, the metric, `error`
+    ) -> pd.DataFrame:  # what is swept, `run`, `status`, `seconds`, the metric, `error`
         "A row a cell."
-        import pandas as pd
-
         runs = self.runs()
         metric = metric or _main_metric(runs.values())
         rows = []
@@ -368,11 +364,9 @@ SEED = "seed"  # what is averaged over
 
 
 def over_seeds(
-    table: "pd.DataFrame",  # of `Sweep.table`
-) -> "pd.DataFrame":  # what is swept, `runs`, `mean`, `low`, `high`; NaN where one run cannot say
+    table: pd.DataFrame,  # of `Sweep.table`
+) -> pd.DataFrame:  # what is swept, `runs`, `mean`, `low`, `high`; NaN where one run cannot say
     "The metric of a sweep, averaged over seeds."
-    import pandas as pd
-
     from uniemo.measure.intervals import mean_interval
 
     metric = table.attrs["metric"]
@@ -393,8 +387,8 @@ def over_seeds(
 
 # %% ../../nbs/runs/sweeps.ipynb #1eddb57a
 def plot_sweep(
-    table: "pd.DataFrame",  # of `Sweep.table`
-) -> "Axes":
+    table: pd.DataFrame,  # of `Sweep.table`
+) -> Axes:
     "The metric over the first parameter that is no seed, a colour for each value of the others."
     import seaborn as sns
 
@@ -435,7 +429,7 @@ def sweep(
     sweep_id: str | None = None,  # the folder's name; None: from what all cells share
     metric: str | None = None,  # for table and picture; None: the main one
     progress: bool = True,  # a line a cell
-) -> "pd.DataFrame":  # a row a cell; `attrs` holds `folder` and `metric`
+) -> pd.DataFrame:  # a row a cell; `attrs` holds `folder` and `metric`
     "Make what is missing of a grid of runs; table.csv and figures/sweep.png are in its folder."
     asked = Sweep(name, given, runs_dir, sweep_id)
     count, began = len(asked.missing()), time.monotonic()

@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from ..emotions import valence_arousal_mixture
+from ..files.disk import check_regular
 from ..results import Generated
 
 # %% ../../nbs/explore/media.ipynb #5cdbe499
@@ -281,8 +282,7 @@ def emotion_of_audio(
 ) -> dict[str, float]:
     "The mixture of a piece of speech or music."
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_regular(path)
     classifier = classifier_of(model, "audio-classification")
     sound = str(path)
     if path.suffix.lower() == ".wav":

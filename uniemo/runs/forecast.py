@@ -19,7 +19,7 @@ __all__ = [
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,15 +139,16 @@ class Peak:
 @contextmanager
 def watch_memory(
     every: float = 0.05,  # seconds between two looks
+    read: Callable[[], int] = resident_memory,  # what is looked at, in bytes
 ) -> Iterator[Peak]:
     "While inside, the peak of memory is followed."
     import torch
 
-    peak, stop = Peak(resident_memory()), threading.Event()
+    peak, stop = Peak(read()), threading.Event()
 
     def look():
         while not stop.wait(every):
-            peak.host = max(peak.host, resident_memory())
+            peak.host = max(peak.host, read())
 
     gpu = torch.cuda.is_available()
     if gpu:
@@ -159,7 +160,7 @@ def watch_memory(
     finally:
         stop.set()
         thread.join()
-        peak.host = max(peak.host, resident_memory())
+        peak.host = max(peak.host, read())
         if gpu:
             peak.device = torch.cuda.max_memory_allocated()
 

@@ -13,6 +13,8 @@ __all__ = [
     "load_diffusion_model",
     "Stored",
     "Loaded",
+    "check_widths",
+    "check_same_emotions",
     "Wishes",
     "UniEmoPipeline",
 ]
@@ -137,6 +139,9 @@ class Reader(DiffusionPipeline):
         outs = [self.encoder(self.encoder_pixels(batch)) for batch in batches]
         probabilities = torch.cat([out.logits.float().softmax(1) for out in outs])
         read = Understanding(images, self.emotions, probabilities.cpu().numpy())
+        if self.encoder.config.affect_names:
+            ratings = torch.cat([out.affect.float() for out in outs]).cpu().numpy()
+            read.affect = dict(zip(self.encoder.config.affect_names, ratings.T))
         if self.novelty is not None:
             features = torch.cat([output_features(out) for out in outs])
             read.novelty = self.novelty.distance(features)
@@ -300,7 +305,7 @@ class Loaded(Stored):
             kwargs["dtype"] = dtype
         pipe = super().from_pretrained(folder, **kwargs)
         pipe.space = space
-        pipe.check_emotions()
+        check_same_emotions(pipe.emotions, pipe.retriever, space)
         return pipe
 
     @classmethod
@@ -321,6 +326,41 @@ class Loaded(Stored):
         pipe = cls.from_diffusion(diffusion, **own, space=space)
         pipe.diffusion_name = base
         return pipe
+
+
+# %% ../nbs/11_pipeline.ipynb #2c492ed4
+def check_widths(encoder: ExpertQueryModel, mapper: PseudoWordMapper, text_encoder: CLIPTextModel):
+    "A `ValueError` where the mapper was made for another encoder or diffusion model."
+    features = encoder.config.backbone_config.hidden_size
+    token = text_encoder.get_input_embeddings().embedding_dim
+    own = mapper.config
+    for what, there, mapped in (
+        ("the encoder's features are", features, own.hidden_size),
+        ("the text encoder's tokens are", token, own.token_size),
+    ):
+        if there != mapped:
+            raise ValueError(
+                f"{what} {there} wide, the mapper was made for {mapped}: train it for these "
+                "models, uniemo run joint -p backbone ... -p diffusion ..."
+            )
+
+
+# %% ../nbs/11_pipeline.ipynb #2545c1f9
+def check_same_emotions(
+    emotions: list,  # names of the encoder's classes
+    retriever: AttributeRetriever,
+    space: EmotionSpace | None,
+):
+    "A `ValueError` where parts disagree on the emotions or on their order."
+    named = dict(retriever=retriever.config.emotions)
+    if space is not None:
+        named["space"] = space.emotions
+    for part, own in named.items():
+        if own is not None and list(own) != emotions:
+            raise ValueError(
+                f"the {part} lists the emotions {', '.join(map(str, own))}, the encoder "
+                f"{', '.join(map(str, emotions))}: make both from the same names in the same order"
+            )
 
 
 # %% ../nbs/11_pipeline.ipynb #cell-09
@@ -379,6 +419,28 @@ class Wishes(Reader, Painter):
             )
         return cropped
 
+    def embed(self, prompt: str, words: dict, generators: list, sampling: Sampling) -> dict:
+        "States [B, tokens, d] of the prompt with its words and of the others that guide."
+        # while its tokenizer is another, it is not asked for anew
+        diffusion = self.diffusion
+        reader = self.words.reader(words, generators)
+        sizes = {place: word[0].shape[1] for place, word in words.items()}
+        for text, known in ((prompt, sizes), (sampling.negative_prompt, None)):
+            tokenize_prompts([text], self.text_encoder, self.tokenizer, known=known)
+
+        def encode(text):
+            return diffusion.encode_prompt(text, self._execution_device, 1, False)[0]
+
+        size = len(generators)
+        embeds = dict(negative=None, neutral=None)
+        with reader.active():
+            embeds["prompt"] = encode([prompt] * size)
+            if sampling.guided:
+                embeds["negative"] = encode(sampling.negative_prompt).expand(size, -1, -1)
+            if sampling.intensity != 1:
+                embeds["neutral"] = encode(without_words(prompt, self.tokenizer))
+        return embeds
+
 
 # %% ../nbs/11_pipeline.ipynb #13e62cde
 class UniEmoPipeline(Wishes, Loaded):
@@ -408,23 +470,8 @@ class UniEmoPipeline(Wishes, Loaded):
         self.register_modules(**diffusion, scheduler=scheduler)
         self.register_modules(encoder=encoder, mapper=mapper, retriever=retriever)
         self.space = space
-        self.check_widths()
-        self.check_emotions()
-
-    def check_widths(self):
-        "A `ValueError` where the mapper was made for another encoder or diffusion model."
-        features = self.encoder.config.backbone_config.hidden_size
-        token = self.text_encoder.get_input_embeddings().embedding_dim
-        own = self.mapper.config
-        for what, there, mapped in (
-            ("the encoder's features are", features, own.hidden_size),
-            ("the text encoder's tokens are", token, own.token_size),
-        ):
-            if there != mapped:
-                raise ValueError(
-                    f"{what} {there} wide, the mapper was made for {mapped}: train it for these "
-                    "models, uniemo run joint -p backbone ... -p diffusion ..."
-                )
+        check_widths(encoder, mapper, text_encoder)
+        check_same_emotions(self.emotions, retriever, space)
 
     @classmethod
     def from_pretrained(
@@ -436,41 +483,6 @@ class UniEmoPipeline(Wishes, Loaded):
     ) -> "UniEmoPipeline":
         "Load a pipeline; weights that are incomplete or not finite are refused by name."
         return cls.load(name, **kwargs)
-
-    def check_emotions(self):
-        "A `ValueError` where parts disagree: coefficients and draws are read by position."
-        named = dict(retriever=self.retriever.config.emotions)
-        if self.space is not None:
-            named["space"] = self.space.emotions
-        for part, own in named.items():
-            if own is not None and list(own) != self.emotions:
-                raise ValueError(
-                    f"the {part} lists the emotions {', '.join(map(str, own))}, the encoder "
-                    f"{', '.join(map(str, self.emotions))}: make both from the same names in the "
-                    "same order"
-                )
-
-    def embed(self, prompt: str, words: dict, generators: list, sampling: Sampling) -> dict:
-        "States [B, tokens, d] of the prompt with its words and of the others that guide."
-        # while its tokenizer is another, it is not asked for anew
-        diffusion = self.diffusion
-        reader = self.words.reader(words, generators)
-        sizes = {place: word[0].shape[1] for place, word in words.items()}
-        for text, known in ((prompt, sizes), (sampling.negative_prompt, None)):
-            tokenize_prompts([text], self.text_encoder, self.tokenizer, known=known)
-
-        def encode(text):
-            return diffusion.encode_prompt(text, self._execution_device, 1, False)[0]
-
-        size = len(generators)
-        embeds = dict(negative=None, neutral=None)
-        with reader.active():
-            embeds["prompt"] = encode([prompt] * size)
-            if sampling.guided:
-                embeds["negative"] = encode(sampling.negative_prompt).expand(size, -1, -1)
-            if sampling.intensity != 1:
-                embeds["neutral"] = encode(without_words(prompt, self.tokenizer))
-        return embeds
 
     @torch.no_grad()
     def generate(

@@ -6,6 +6,8 @@
 __all__ = [
     "EMOJI",
     "TILE",
+    "WIDTHS",
+    "MANY_WIDTHS",
     "make_sprites",
     "sprites",
     "Rendered",
@@ -28,11 +30,14 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from scipy.ndimage import binary_fill_holes
 from tqdm.auto import tqdm
 
+from .interaction import DISTRACTORS
 from .scenes import paint_scene
 from .truth import OBJECTS, SCENES, ImageSpec
 
 # %% ../../nbs/mini/painting.ipynb #d361355b
 EMOJI = dict(zip(OBJECTS, "🎈🧸🐒🍿🛼🦅🐳🪂🌻🍵🐶🏍🎸⚽🗡🚚🗑🚽🕷💀🐍☂🦽🕯"))
+# objects of the second world, which say nothing
+EMOJI |= dict(zip(DISTRACTORS, "🪑🚲👒🥕✂💡"))
 TILE = 96  # pixels of a sprite
 
 
@@ -75,9 +80,17 @@ def sprites() -> dict[str, Image.Image]:
 
 
 # %% ../../nbs/mini/painting.ipynb #bb2189ba
-def _place(rng, count):
+# number of objects in an image -> least and largest width of each, as a fraction of the side
+WIDTHS = {1: (0.42, 0.62), 2: (0.32, 0.44)}
+# of the second world
+MANY_WIDTHS = {1: (0.26, 0.62), 2: (0.22, 0.44), 3: (0.18, 0.34)}
+
+
+def _place(rng, count, ranges):
     "Centres [count, 2] and widths [count] of objects that stand apart, as fractions of the side."
-    widths = rng.uniform(0.42, 0.62, 1) if count == 1 else rng.uniform(0.32, 0.44, count)
+    if count not in ranges:
+        raise ValueError(f"an image of this world has 1 to {max(ranges)} objects, not {count}")
+    widths = rng.uniform(*ranges[count], count)
     for _ in range(50):
         centres = np.stack([rng.uniform(w / 2 - 0.02, 1 - w / 2 + 0.02, 2) for w in widths])
         gaps = [
@@ -126,16 +139,17 @@ class Rendered:
 def render(
     spec: ImageSpec,
     size: int = 64,  # pixels of the side
+    widths: dict = WIDTHS,  # of objects
 ) -> Rendered:
     "Paint what `spec` says."
-    unknown = [name for name in spec.objects if name not in OBJECTS]
+    unknown = [name for name in spec.objects if name not in EMOJI]
     if unknown:
-        raise ValueError(f"unknown object {unknown[0]!r}; the mini world has: {', '.join(OBJECTS)}")
+        raise ValueError(f"unknown object {unknown[0]!r}; the mini world has: {', '.join(EMOJI)}")
     scene_rng, object_rng, light_rng = (np.random.default_rng([spec.seed, k]) for k in range(3))
     # 1. the scene, then the objects on it
     image = paint_scene(spec.scene, scene_rng, size)
-    centres, widths = _place(object_rng, max(len(spec.objects), 1))
-    boxes = [(*centre, width) for centre, width in zip(centres.tolist(), widths.tolist())]
+    places = _place(object_rng, max(len(spec.objects), 1), widths)
+    boxes = [(*centre, width) for centre, width in zip(*(v.tolist() for v in places))]
     boxes = boxes[: len(spec.objects)]
     masks = [_paste(image, name, box, object_rng) for name, box in zip(spec.objects, boxes)]
     # 2. the light
@@ -187,14 +201,14 @@ def _patch_labels(rendered, spec, patch):
     most = np.full((side, side), 0.25)
     for mask, name in zip(rendered.masks, spec.objects):
         share = mask.reshape(side, patch, side, patch).mean((1, 3))
-        labels[share >= most] = len(SCENES) + list(OBJECTS).index(name)
+        labels[share >= most] = len(SCENES) + list(EMOJI).index(name)
         most = np.maximum(most, share)
     return labels.ravel()
 
 
 def _paint_one(job):
-    spec, size, patch = job
-    rendered = render(spec, size)
+    spec, size, patch, widths = job
+    rendered = render(spec, size, widths)
     return np.asarray(rendered.image), _patch_labels(rendered, spec, patch)
 
 
@@ -205,15 +219,17 @@ def paint(
     patch: int = 8,  # pixels of a patch's side
     workers: int = 2,  # processes
     progress: bool = True,
+    objects: Sequence[str] = tuple(OBJECTS),  # the columns of `objects`
+    widths: dict = WIDTHS,  # of objects
 ) -> dict[str, np.ndarray]:
-    """Paint `specs`: `images` uint8 [n, size, size, 3], `scene` int64 [n], `objects` bool [n, 24],
-    and `patches` int8 [n, (size / patch)^2]: a scene's index, or 16 + an object's."""
-    jobs = [(spec, size, patch) for spec in specs]
+    """Paint `specs`: `images` uint8 [n, size, size, 3], `scene` int64 [n], `objects` bool
+    [n, objects], and `patches` int8 [n, (size / patch)^2]: a scene's index, or 16 + an object's."""
+    jobs = [(spec, size, patch, widths) for spec in specs]
     images, patches = zip(*paint_all(_paint_one, jobs, workers, progress))
     scenes = list(SCENES)
     return dict(
         images=np.stack(images),
         patches=np.stack(patches),
         scene=np.array([scenes.index(spec.scene) for spec in specs]),
-        objects=np.array([[name in spec.objects for name in OBJECTS] for spec in specs]),
+        objects=np.array([[name in spec.objects for name in objects] for spec in specs]),
     )

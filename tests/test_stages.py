@@ -389,7 +389,7 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
 
 def test_evaluate(tmp_path):
     chosen = ["prompts, estimated table", "textual inversion, three tokens", "separate words"]
-    chosen += ["UniEmo", "space diagonal"]
+    chosen += ["UniEmo", "space diagonal", "best of 4", "refined word"]
     seeds = dict(seeds=[0], implicit_seeds=[0])
     params = dict(TINY, **seeds, variants=chosen, num_train=32, num_test=40, num_per_emotion=2)
     run = start("evaluate", params, tmp_path, progress=False)

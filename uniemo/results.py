@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from .files.provenance import provenance, write_provenance
+
 
 # %% ../nbs/diffusion/results.ipynb #c88a8dc3
 def crop_to(image: Image.Image, width: int = 1, height: int = 1) -> Image.Image:
@@ -46,6 +48,8 @@ class Understanding:
     maps: dict = field(default_factory=dict)
     # distance [B] from the training images; above 1 an image is unlike them
     novelty: np.ndarray | None = None
+    # ratings that the model was trained to give, such as valence and arousal: name -> [B]
+    affect: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.images)
@@ -81,11 +85,12 @@ class Understanding:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        "One row an image: emotion, confidence, names, similarities, novelty, all probabilities."
+        "One row an image: emotion, confidence, names, ratings, novelty, all probabilities."
         nothing = [None] * len(self)
         columns = dict(emotion=self.emotion, confidence=self.confidence)
         columns |= dict(scene=self.scene or nothing, object=self.object or nothing)
         columns |= {f"{kind}_similarity": value for kind, value in self.similarities.items()}
+        columns |= self.affect
         if self.novelty is not None:
             columns |= dict(novelty=self.novelty, unlike=self.unlike)
         columns |= dict(zip(self.emotions, self.probabilities.T))
@@ -158,7 +163,7 @@ class Generated:
         ]
 
     def save(self, folder: str | Path) -> pd.DataFrame:
-        "Images as PNG files and `images.csv` in `folder`; returns the table, with their `path`."
+        "PNG files that say how they were made, and `images.csv`; the table, with their `path`."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "images.csv"
@@ -169,7 +174,8 @@ class Generated:
             )
         table = self.to_pandas()
         table.insert(0, "path", self.file_names())
-        for name, image in zip(table.path, self.images):
-            image.save(folder / name)
+        for row, image in zip(table.to_dict("records"), self.images):
+            image.save(folder / row["path"])
+            write_provenance(folder / row["path"], provenance(row))
         table.to_csv(path, index=False)
         return table

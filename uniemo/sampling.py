@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = [
     "CALLBACK_TENSORS",
+    "HABITS",
     "check_count",
     "check_amount",
+    "Refinement",
     "Sampling",
     "check_text",
     "wish_of",
@@ -20,7 +22,7 @@ __all__ = [
 # %% ../nbs/diffusion/sampling.ipynb #9212ae56
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
 import numpy as np
@@ -49,6 +51,23 @@ def check_amount(name: str, value, most: float = math.inf):
 
 # %% ../nbs/diffusion/sampling.ipynb #06bc42be
 @dataclass(frozen=True)
+class Refinement:
+    "How `refine_steps` change a word, see [refinement](refinement.ipynb)."
+
+    # where on the noise schedule the draft is noised again, from 0 (clean) to 1 (noise only)
+    noise: float = 0.3
+    # length of a step, as a share of the word's own norm
+    rate: float = 0.05
+    # how far from the drawn word it may end, likewise
+    radius: float = 0.15
+
+    def __post_init__(self):
+        for name in ("noise", "rate", "radius"):
+            check_amount(name, getattr(self, name), most=1)
+
+
+# %% ../nbs/diffusion/sampling.ipynb #f3595777
+@dataclass(frozen=True)
 class Sampling:
     "How `generate` samples."
 
@@ -71,6 +90,15 @@ class Sampling:
     start: int = 0
     # above 0 to 1: how much of an edited `image` is painted anew
     strength: float = 0.5
+    # where: an image or array as large as the edited one, white or True is painted anew; a list:
+    # one for each result; None: everywhere
+    mask: object = field(default=None, compare=False, repr=False)
+    # each image is the best of as many by the encoder's own classifier, at as many times the cost
+    best_of: int = 1
+    # steps of the classifier's gradient that change the word between a draft and the image
+    refine_steps: int = 0
+    # how long they are, and where they are taken
+    refinement: Refinement = Refinement()
     # whether the pipeline's own encoder reads the results: confidence and predicted emotion
     judge: bool = True
     # diffusers' callback: (pipeline, step, timestep, {name: tensor}) -> tensors to change, or None
@@ -89,17 +117,24 @@ class Sampling:
 
     def validate(self):
         "One clear error for whatever cannot be done."
-        for name in ("num_inference_steps", "batch_size"):
+        for name in ("num_inference_steps", "batch_size", "best_of"):
             check_count(name, getattr(self, name))
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        if self.refine_steps != 0:
+            check_count("refine_steps", self.refine_steps)
         for name in ("intensity", "guidance_scale"):
             check_amount(name, getattr(self, name))
         for name in ("guidance_rescale", "strength"):
             check_amount(name, getattr(self, name), most=1)
         if self.strength == 0:
             raise ValueError("strength is a share from 0 to 1, above 0, not 0")
+        if not isinstance(self.refinement, Refinement):
+            raise TypeError(
+                "refinement is Refinement(noise=0.3, rate=0.05, radius=0.15) of uniemo.sampling, "
+                f"not {self.refinement!r}"
+            )
         check_text("negative_prompt", self.negative_prompt)
         for name in self.callback_on_step_end_tensor_inputs:
             if name not in CALLBACK_TENSORS:
@@ -115,6 +150,8 @@ class Sampling:
         base = settings.pop("sampling", None) or cls()
         known = [f.name for f in fields(cls)]
         for name in settings:
+            if name in HABITS:
+                raise TypeError(f"generate takes no {name}: {HABITS[name]}")
             if name not in known:
                 near = get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
@@ -141,6 +178,15 @@ def check_text(name, value):
     "A `TypeError` unless `value` is one text."
     if not isinstance(value, str):
         raise TypeError(f"{name} is one text for all images, not {type(value).__name__}")
+
+
+# what users of diffusers are used to -> what they find here
+HABITS = dict(
+    num_images_per_prompt="say num_images=4",
+    generator="say seed=0, and image i of a seed is the same in every batch",
+    latents="the noise of an image is that of its seed and number",
+    output_type="images are Pillow images; numpy.asarray(image) is an array",
+)
 
 
 # %% ../nbs/diffusion/sampling.ipynb #acc7c1ba

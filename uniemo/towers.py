@@ -180,6 +180,8 @@ class TowerWords:
     rows: list = field(default_factory=list)
     # where slots stand in the call that runs, long [R, tokens]: 0 none, j + 1 slot j
     places: torch.Tensor | None = None
+    # whether this tower reads the prompt without words
+    plain: bool = False
     # what happened since `reset`: calls of the encoder and of its embedding, slots met and written
     calls: int = 0
     embedded: int = 0
@@ -305,10 +307,12 @@ class PromptWords:
         @functools.wraps(encode_prompt)
         def encode(*args, **kwargs):
             given = signature.bind(*args, **kwargs)
+            asked = given.arguments.items()
+            texts = {name: value for name, value in asked if "prompt" in name and is_text(value)}
             found = {}
-            for name, value in given.arguments.items():
-                if "prompt" in name and is_text(value):
-                    given.arguments[name], found[name] = self.with_slots(value)
+            for name, value in texts.items():
+                given.arguments[name], found[name] = self.with_slots(value)
+            self.spare_plain(given.arguments, signature, texts)
             for words in self.words:
                 words.reset()
             out = encode_prompt(*given.args, **given.kwargs)
@@ -316,6 +320,22 @@ class PromptWords:
             return out
 
         return encode
+
+    def spare_plain(self, arguments, signature, texts):
+        "Towers without words read the prompts, as they were typed, without placeholders."
+        for words in self.words:
+            end = words.tower.name.removeprefix("text_encoder")
+            for kind in ("prompt", "negative_prompt"):
+                own = f"{kind}{end}"
+                if words.plain and kind in texts and own in signature.parameters:
+                    arguments[own] = self.without_words(texts.get(own, texts[kind]))
+
+    def without_words(self, text):
+        "A prompt, or several, without placeholders."
+        if not isinstance(text, str):
+            return [self.without_words(one) for one in text]
+        tokenizer = self.words[0].tower.original_tokenizer
+        return " ".join("".join(split_prompt(text, tokenizer=tokenizer)[::2]).split())
 
     def with_slots(self, text):
         "A prompt, or several, with slots for placeholders, and the numbers of those slots."
@@ -337,6 +357,9 @@ class PromptWords:
             found = self.find(placeholder)
             first = len(self.words[0].rows)
             for words, word in zip(self.words, found, strict=True):
+                words.plain = word is None
+                if words.plain:
+                    continue
                 check_width(placeholder, word, words.tower)
                 words.rows += list(word.unbind(1))
                 slot_ids(words.tower.tokenizer, len(words.rows))
@@ -351,6 +374,8 @@ class PromptWords:
         # a second prompt is read by a second tower alone
         several = any(name[-2:] in ("_2", "_3") for name in found)
         for words in self.words:
+            if words.plain:
+                continue
             words.check_hooks()
             if not several and expected - words.seen:
                 raise RuntimeError(

@@ -6,6 +6,7 @@
 __all__ = ["IMAGES", "EmotionWords", "batches", "labelled", "part_of"]
 
 # %% ../nbs/diffusion/words.ipynb #0d07bab3
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,9 @@ from PIL import Image
 
 from .correlation import AttributeRetriever
 from .emotions import mixture_weights
-from .files.pipelines import find_pipeline
-from .fusion import PseudoWordMapper, compute_device, pseudo_words
+from .files.disk import write_file
+from .files.pipelines import NOTE, find_pipeline
+from .fusion import PseudoWordMapper, compute_device, tower_words
 from .queries import ExpertQueryModel
 from .results import Generated
 from .sampling import check_count, wish_of, wish_text, wishes_of
@@ -32,12 +34,14 @@ class EmotionWords:
     def __init__(
         self,
         encoder: ExpertQueryModel,
-        # one for each tower of the pipelines that it is for
-        mappers: Sequence[PseudoWordMapper],
+        # one with an output layer for each tower of the pipelines that it is for; or one a tower
+        mappers: PseudoWordMapper | Sequence[PseudoWordMapper],
         retriever: AttributeRetriever,
         space: EmotionSpace,
     ):
         self.encoder = encoder.eval()
+        if isinstance(mappers, PseudoWordMapper):
+            mappers = [mappers]
         self.mappers = [mapper.eval() for mapper in mappers]
         self.retriever = retriever.eval()
         self.space = space
@@ -63,6 +67,22 @@ class EmotionWords:
             EmotionSpace.load(folder / "space.safetensors"),
         )
 
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        # folder or hub id of the diffusion model that they were trained for
+        diffusion: str | Path = "mini",
+    ):
+        "Save what `from_pretrained` reads."
+        folder = Path(folder)
+        self.encoder.save_pretrained(folder / "encoder")
+        for number, mapper in enumerate(self.mappers, 1):
+            mapper.save_pretrained(folder / ("mapper" if number == 1 else f"mapper_{number}"))
+        self.retriever.save_pretrained(folder / "retriever")
+        self.space.save(folder / "space.safetensors")
+        note = dict(version=1, diffusion=str(diffusion))
+        write_file(folder / NOTE, json.dumps(note, indent=1))
+
     @property
     def emotions(self) -> list:
         "Names of the emotions."
@@ -75,8 +95,9 @@ class EmotionWords:
         family = family_of(pipe)
         towers = text_towers(pipe)
         widths = [tower.width for tower in towers]
-        own = [mapper.config.token_size for mapper in self.mappers]
-        if widths != own:
+        own = [size for mapper in self.mappers for size in mapper.token_sizes]
+        # 0: a tower that reads no word
+        if len(widths) != len(own) or any(b not in (0, a) for a, b in zip(widths, own)):
             raise ValueError(
                 f"this {type(pipe).__name__} ({family}) reads words of width "
                 f"{' and '.join(map(str, widths))} in {', '.join(t.name for t in towers)}, "
@@ -121,8 +142,8 @@ class EmotionWords:
         weights = mixture_weights(wish, self.emotions).to(**place).expand(size, -1)
         words = []
         for mapper in self.mappers:
-            word, found = pseudo_words(self.encoder, mapper, self.retriever, *features, weights)
-            words.append(word if word.ndim == 3 else word[:, None])
+            made, found = tower_words(self.encoder, mapper, self.retriever, *features, weights)
+            words += [w[:, None] if w is not None and w.ndim == 2 else w for w in made]
         return words, self.retrieved_names(found)
 
     @property

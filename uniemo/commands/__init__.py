@@ -77,16 +77,13 @@ if TYPE_CHECKING:
     from .pictures import (
         Out,
         Steps,
-        TOLD,
         edit,
         generate,
         new_folder,
-        provenance,
         read_mixture,
-        read_provenance,
+        read_region,
         read_wish,
         save_images,
-        write_provenance,
     )
     from .terminal import (
         Device,
@@ -176,16 +173,13 @@ _rooms = {
     "pictures": [
         "Out",
         "Steps",
-        "TOLD",
         "edit",
         "generate",
         "new_folder",
-        "provenance",
         "read_mixture",
-        "read_provenance",
+        "read_region",
         "read_wish",
         "save_images",
-        "write_provenance",
     ],
     "terminal": [
         "Device",

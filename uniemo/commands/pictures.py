@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    "TOLD",
     "Steps",
     "Out",
     "read_mixture",
-    "provenance",
-    "write_provenance",
-    "read_provenance",
     "new_folder",
     "save_images",
     "read_wish",
     "generate",
+    "read_region",
     "edit",
 ]
 
@@ -33,6 +30,7 @@ from uniemo.commands.terminal import (
     print_table,
     shorten,
 )
+from ..files.provenance import provenance, read_provenance, write_provenance
 
 
 # %% ../../nbs/commands/pictures.ipynb #3e211cbf
@@ -52,57 +50,6 @@ def read_mixture(
     return mixture
 
 
-# %% ../../nbs/commands/pictures.ipynb #1ade1fb0
-# what makes an image again, and what was read in it
-TOLD = ("emotion", "prompt", "seed", "index", "scene", "object", "confidence", "predicted")
-
-
-def provenance(
-    row: dict,  # of `Generated.to_pandas()`
-    **about,  # what all images share: model, steps, ...; None is left out
-) -> dict[str, str]:
-    "What is written into an image: name -> text."
-    from uniemo import __version__
-
-    told = {key: row[key] for key in TOLD if row.get(key) is not None} | about
-    told = {key: value for key, value in told.items() if value is not None}
-    texts = {f"uniemo:{key}": _as_text(value) for key, value in told.items()}
-    return {"Software": f"uniemo {__version__}", "Source": "generated"} | texts
-
-
-def _as_text(value):
-    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-
-
-# %% ../../nbs/commands/pictures.ipynb #f8a760f6
-def write_provenance(
-    path: Path,  # a PNG file, written anew with the same pixels
-    texts: dict[str, str],
-):
-    "Put texts into a PNG file."
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, text in texts.items():
-        info.add_itxt(key, text)
-    with Image.open(path) as image:
-        image.load()
-        image.save(path, "PNG", pnginfo=info)
-
-
-def read_provenance(
-    path: str | Path,  # an image file
-) -> dict[str, str]:
-    "What an image says of how it was made; empty where it says nothing."
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image.load()
-        texts = getattr(image, "text", {})
-        return {key.removeprefix("uniemo:"): str(text) for key, text in texts.items()}
-
-
 # %% ../../nbs/commands/pictures.ipynb #8cb805ad
 def new_folder(
     out: Path | None,  # asked for; None: a name of its own
@@ -113,7 +60,10 @@ def new_folder(
         if (out / "images.csv").exists():
             raise FileExistsError(f"{shorten(out)} holds results already: choose another --out")
         return out
-    stem = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-") or "images"
+    stem = (
+        "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")[:60].rstrip("-")
+        or "images"
+    )
     tries = [stem, *(f"{stem}-{k}" for k in range(2, 10_000))]
     return next(Path(one) for one in tries if not Path(one).exists())
 
@@ -189,6 +139,12 @@ def generate(  # noqa: PLR0913
     intensity: Annotated[
         float, typer.Option(min=0, help="weight of the emotion; other than 1 takes longer")
     ] = 1.0,
+    best_of: Annotated[
+        int, typer.Option(min=1, help="each image is the best of as many by the classifier")
+    ] = 1,
+    refine: Annotated[
+        int, typer.Option(min=0, help="steps of the classifier's gradient on the word")
+    ] = 0,
     steps: Steps = None,
     seed: Seed = 0,
     out: Out = None,
@@ -202,13 +158,35 @@ def generate(  # noqa: PLR0913
     pipe = load_pipeline(model, device, quiet)
     steps = _steps(steps, model)
     sampling = dict(num_inference_steps=steps, intensity=intensity)
-    made = pipe.generate(wish, count, prompt, seed, **sampling)
+    made = pipe.generate(
+        wish, count, prompt, seed, best_of=best_of, refine_steps=refine, **sampling
+    )
     about = dict(model=model, steps=steps, intensity=intensity, text=text)
+    # an image's own number paints it again, without the others that it was chosen from
+    about |= dict(refine_steps=refine or None)
     save_images(made, folder, **about, audio=audio and audio.name)
     return 0
 
 
 # %% ../../nbs/commands/pictures.ipynb #e80245bf
+def read_region(
+    mask: Path | None,  # of what is painted anew
+    keep: Path | None,  # of what stays
+):
+    "The mask of an edit, None where there is none."
+    if mask is not None and keep is not None:
+        raise ValueError("give --mask or --keep, not both")
+    given = mask or keep
+    if given is None:
+        return None
+    from uniemo.data.images import read_image
+    from uniemo.diffusion import editing
+
+    image = read_image(given)
+    return editing.keep(image) if keep is not None else editing.read_mask(image)
+
+
+# %% ../../nbs/commands/pictures.ipynb #ce47d0b9
 # each option of the command is a parameter
 def edit(  # noqa: PLR0913
     photo: Annotated[Path, typer.Argument(metavar="PHOTO")],
@@ -216,6 +194,12 @@ def edit(  # noqa: PLR0913
     strength: Annotated[
         float, typer.Option(min=0.01, max=1, help="how much is painted anew")
     ] = 0.5,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where: an image, white is painted anew")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="instead: an image, white stays")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="how many images")] = 1,
     prompt: Annotated[str, typer.Option(help="text with <emotion> in it")] = "<emotion>",
     steps: Steps = None,
@@ -229,10 +213,12 @@ def edit(  # noqa: PLR0913
     from uniemo.data.images import read_image
 
     image = read_image(photo)
+    region = read_region(mask, keep)
     folder = new_folder(out, f"{photo.stem} {emotion}")
     pipe = load_pipeline(model, device, quiet)
     steps = _steps(steps, model)
-    sampling = dict(num_inference_steps=steps, strength=strength)
+    sampling = dict(num_inference_steps=steps, strength=strength, mask=region)
     made = pipe.generate(emotion, count, prompt, seed, image=image, **sampling)
-    save_images(made, folder, model=model, steps=steps, strength=strength, photo=photo.name)
+    about = dict(model=model, steps=steps, strength=strength, photo=photo.name)
+    save_images(made, folder, **about, mask=mask and mask.name, keep=keep and keep.name)
     return 0

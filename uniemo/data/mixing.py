@@ -77,7 +77,7 @@ class MixedDataset(ConcatDataset):
         super().__init__([train, alike])
         self.extra_weight = extra_weight
         # what not every item has
-        self._rest = {"valence", "arousal"} | ({"votes"} - set(train.columns))
+        self._rest = {"valence", "arousal", "votes"} - set(train.columns)
 
     def __getitem__(self, i):
         item, train = super().__getitem__(i), self.datasets[0]
@@ -86,6 +86,8 @@ class MixedDataset(ConcatDataset):
         if "votes" in train.columns and "votes" not in item:
             label = torch.tensor(item["label"])
             item["votes"] = F.one_hot(label, len(train.emotions)).float()
+        for name in {"valence", "arousal"} & set(train.columns) - set(item):
+            item[name] = torch.tensor(float("nan"))
         return {k: v for k, v in item.items() if k not in self._rest}
 
     def draw(self, ratio: float) -> np.ndarray:
@@ -110,6 +112,8 @@ def mix_tensors(
         extra["scene"] = train["scene"].new_full((m,), -1)
     if "objects" in train and "objects" not in extra:
         extra["objects"] = train["objects"].new_zeros(m, train["objects"].shape[1])
+    for name in {"valence", "arousal"} & set(train) - set(extra):
+        extra[name] = train[name].new_full((m,), float("nan"))
     both = {k: torch.cat([train[k], extra[k]]) for k in train if k in extra}
     both["weight"] = torch.cat([torch.ones(n), torch.full((m,), float(extra_weight))])
     return both

@@ -6,6 +6,7 @@
 __all__ = [
     "PIECE",
     "open_diffusion",
+    "is_other_family",
     "image_side",
     "vae_pixels",
     "scaled_latents",
@@ -27,7 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -36,17 +42,20 @@ from ..data.shares import draw_rows, process_place, wait_for_all
 from ..files.disk import write_file
 from ..files.shipped import shipped_folder
 from ..files.weights import quiet
+from ..towers import FAMILIES
 
 
 # %% ../../nbs/diffusion/latents.ipynb #86809c44
 def open_diffusion(
     name,  # "mini", a folder, a hub id, or a pipeline that is loaded already
-) -> StableDiffusionPipeline:
-    "A Stable Diffusion pipeline in float32, without the parts that training does not need."
+) -> DiffusionPipeline:
+    "A pipeline in float32; of Stable Diffusion, without the parts that training does not need."
     if not isinstance(name, str | Path):
         return name
     folder = shipped_folder("diffusion") if name == "mini" else name
     with quiet():
+        if is_other_family(folder):
+            return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         return StableDiffusionPipeline.from_pretrained(
             folder,
             safety_checker=None,
@@ -56,10 +65,24 @@ def open_diffusion(
         )
 
 
+def is_other_family(folder: str | Path) -> bool:
+    "Whether a folder or hub id holds a pipeline that is not Stable Diffusion 1.x or 2.x."
+    try:
+        name = DiffusionPipeline.load_config(folder)["_class_name"]
+    except (OSError, ValueError, KeyError):
+        # whoever reads it next says what is wrong
+        return False
+    return name not in FAMILIES["Stable Diffusion 1.x and 2.x"]
+
+
 def image_side(
     diffusion,  # "mini", a folder, a hub id (only its configuration is read), or a pipeline
 ) -> int:
     "Side in pixels of what a diffusion model paints."
+    if hasattr(diffusion, "transformer"):
+        # FLUX and Z-Image do not say
+        side = getattr(diffusion.transformer.config, "sample_size", None) or 128
+        return side * diffusion.vae_scale_factor
     if not isinstance(diffusion, str | Path):
         unet, vae = diffusion.unet.config, diffusion.vae.config
     else:
@@ -95,7 +118,9 @@ def scaled_latents(
     "Scaled means of the autoencoder's posterior."
     weight = next(vae.parameters())
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    mean = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mean
+    found = vae.encode(pixels.to(weight.device, weight.dtype))
+    # Sana's autoencoder is certain
+    mean = found.latent if hasattr(found, "latent") else found.latent_dist.mean
     return ((mean - shift) * vae.config.scaling_factor).float()
 
 

@@ -8,6 +8,7 @@ __all__ = [
     "EmotionGuidance",
     "image_noise",
     "LatentEditor",
+    "RegionEditor",
     "step_callback",
     "check_unet",
     "refuse",
@@ -22,6 +23,7 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -30,6 +32,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLo
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from PIL import Image
 
+from .editing import Edits
 from ..sampling import CALLBACK_TENSORS, Sampling, guide
 
 
@@ -128,6 +131,19 @@ class LatentEditor(StableDiffusionImg2ImgPipeline):
         return self.scheduler.add_noise(image.to(device, dtype), noise, timestep)
 
 
+# %% ../../nbs/diffusion/painting.ipynb #8fe43d14
+class RegionEditor(StableDiffusionInpaintPipeline):
+    "diffusers' inpainting from latents, with the noise of `image_noise`."
+
+    def prepare_latents(
+        self, batch_size, channels, height, width, dtype, device, generator, latents=None, **how
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        "Noised latents [B, 4, h, w], their noise, the clean ones."
+        clean = how["image"].to(device, dtype)
+        noise = image_noise(generator, clean.shape[1:]).to(device, dtype)
+        return self.scheduler.add_noise(clean, noise, how["timestep"]), noise, clean
+
+
 # %% ../../nbs/diffusion/painting.ipynb #d23db7a1
 def step_callback(
     # its callback, and what that is given
@@ -206,6 +222,11 @@ class Painter(
         "The pipeline that edits, over the same parts."
         return self.over_parts(LatentEditor)
 
+    @property
+    def region_editor(self) -> RegionEditor:
+        "The pipeline that edits a region, over the same parts."
+        return self.over_parts(RegionEditor)
+
     def over_parts(self, kind: type) -> StableDiffusionPipeline:
         "A pipeline of a `kind`, made once; its parts follow this pipeline's."
         made = vars(self).setdefault("_over_parts", {})
@@ -262,11 +283,11 @@ class Painter(
         # height and width in pixels
         sides: tuple[int, int],
         sampling: Sampling,
-        # images to edit, one each or one for all
-        photos: Sequence[Image.Image] | None = None,
+        # what is edited; None: nothing
+        edits: Edits | None = None,
     ) -> list[Image.Image]:
         "Images, by diffusers' own pipeline."
-        pipe = self.diffusion if photos is None else self.editor
+        pipe = self.diffusion
         call = dict(
             prompt_embeds=embeds["prompt"],
             negative_prompt_embeds=embeds["negative"],
@@ -276,7 +297,7 @@ class Painter(
             callback_on_step_end=step_callback(sampling),
             callback_on_step_end_tensor_inputs=list(CALLBACK_TENSORS),
         )
-        if photos is None:
+        if edits is None:
             height, width = sides
             shape = [
                 self.unet.config.in_channels,
@@ -285,9 +306,21 @@ class Painter(
             noise = image_noise(generators, shape).to(self.unet.dtype)
             call |= dict(latents=noise, height=height, width=width)
         else:
-            # half a step more, against rounding
-            share = (sampling.steps(editing=True) + 0.5) / sampling.num_inference_steps
-            clean = self.clean_latents(photos, sides, len(generators))
-            call |= dict(image=clean, strength=min(share, 1.0))
+            pipe = self.editor if edits.masks is None else self.region_editor
+            call |= self.editing_call(edits, sides, sampling, len(generators))
         with EmotionGuidance(pipe, sampling, embeds["neutral"]).active():
-            return list(pipe(**call).images)
+            images = list(pipe(**call).images)
+        return images if edits is None else edits.put_back(images)
+
+    def editing_call(self, edits: Edits, sides: tuple, sampling: Sampling, size: int) -> dict:
+        "What diffusers' editing pipelines are told of `size` images."
+        # half a step more, against rounding
+        share = (sampling.steps(editing=True) + 0.5) / sampling.num_inference_steps
+        clean = self.clean_latents(edits.photos, sides, size)
+        call = dict(image=clean, strength=min(share, 1.0))
+        if edits.masks is None:
+            return call
+        height, width = sides
+        call |= dict(mask_image=edits.masks, height=height, width=width)
+        # read by U-Nets of nine channels only
+        return call | dict(masked_image_latents=clean)

@@ -49,6 +49,24 @@ if TYPE_CHECKING:
         with_messages,
     )
     from .studio import Reading, Studio, Wish, layer_maps, pack
+    from .webpage import (
+        JOINING,
+        PAINTED,
+        PageReader,
+        PageSettings,
+        check_linear,
+        clean_row,
+        draw_table,
+        follow_table,
+        page_numbers,
+        page_of,
+        painted_samples,
+        schedule_table,
+        unit_run,
+        word_table,
+        word_tokens,
+        write_page,
+    )
 
 _rooms = {
     "controls": ["layer_controls", "png_bytes", "sketch_controls"],
@@ -94,5 +112,23 @@ _rooms = {
         "with_messages",
     ],
     "studio": ["Reading", "Studio", "Wish", "layer_maps", "pack"],
+    "webpage": [
+        "JOINING",
+        "PAINTED",
+        "PageReader",
+        "PageSettings",
+        "check_linear",
+        "clean_row",
+        "draw_table",
+        "follow_table",
+        "page_numbers",
+        "page_of",
+        "painted_samples",
+        "schedule_table",
+        "unit_run",
+        "word_table",
+        "word_tokens",
+        "write_page",
+    ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -199,7 +199,7 @@ def pack(
     **about,  # what all images share, such as the model and the steps
 ) -> Path:
     "A ZIP file of PNG images with their provenance, and of `images.csv`."
-    from uniemo.commands.pictures import provenance, write_provenance
+    from uniemo.files.provenance import provenance, write_provenance
 
     folder = Path(tempfile.mkdtemp(prefix="uniemo-"))
     rows = generated.save(folder / "images").to_dict("records")

@@ -42,11 +42,14 @@ if TYPE_CHECKING:
         check_onnx,
         compare_onnx,
         example_inputs,
+        export_network,
         export_onnx,
         run_onnx,
+        shrink_onnx,
     )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
     from .pipelines import HUB, HUB_NAME, KNOWN, NOTE, PLACED, find_pipeline, load_parts, read_base
+    from .provenance import TOLD, provenance, read_provenance, write_provenance
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
     from .spaces import (
         PARTS,
@@ -118,8 +121,10 @@ _rooms = {
         "check_onnx",
         "compare_onnx",
         "example_inputs",
+        "export_network",
         "export_onnx",
         "run_onnx",
+        "shrink_onnx",
     ],
     "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
     "pipelines": [
@@ -132,6 +137,7 @@ _rooms = {
         "load_parts",
         "read_base",
     ],
+    "provenance": ["TOLD", "provenance", "read_provenance", "write_provenance"],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
     "spaces": [
         "PARTS",

@@ -12,15 +12,19 @@ __all__ = [
     "OnnxDecoder",
     "example_inputs",
     "check_onnx",
+    "export_network",
     "export_onnx",
     "run_onnx",
     "compare_onnx",
+    "shrink_onnx",
 ]
 
 # %% ../../nbs/files/onnx.ipynb #703ecbb1
+import logging
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -188,10 +192,37 @@ def check_onnx():
 
 # %% ../../nbs/files/onnx.ipynb #c0ffee22
 @torch.no_grad()
+def export_network(
+    network: nn.Module,  # one of the classes above, or one like them
+    example: tuple,  # tensors, in the order of its `inputs`
+    path: str | Path,
+    quick: bool = False,  # by PyTorch's older exporter, in a tenth of the time
+):
+    "Write one network as an ONNX file."
+    how = dict(input_names=network.inputs, output_names=network.outputs, verbose=False)
+    free = {0: "batch"}
+    if quick:
+        named = (*network.inputs, *network.outputs) if network.free_batch else ()
+        how |= dict(dynamo=False, opset_version=18, dynamic_axes=dict.fromkeys(named, free))
+    else:
+        shapes = tuple(free for _ in network.inputs) if network.free_batch else None
+        how |= dict(dynamo=True, external_data=False, dynamic_shapes=shapes)
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    with warnings.catch_warnings():
+        # the exporter warns of its own inner workings
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.ERROR)
+        torch.onnx.export(network.eval(), example, str(path), **how)
+    log.setLevel(level)
+
+
+# %% ../../nbs/files/onnx.ipynb #bd0923fc
 def export_onnx(
     pipe,  # a `UniEmoPipeline` on the CPU, float32, with queries
     folder: str | Path,  # made where it is missing
     parts: tuple[str, ...] = tuple(NETWORKS),
+    quick: bool = False,  # see `export_network`
 ) -> dict[str, Path]:  # part -> its file
     "Write parts of a pipeline as ONNX files."
     check_onnx()
@@ -203,25 +234,9 @@ def export_onnx(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     examples = example_inputs(pipe)
-    paths = {}
-    for part in parts:
-        network = NETWORKS[part](pipe).eval()
-        paths[part] = folder / f"{part}.onnx"
-        free = tuple({0: "batch"} for _ in network.inputs) if network.free_batch else None
-        names = dict(input_names=network.inputs, output_names=network.outputs)
-        with warnings.catch_warnings():
-            # the exporter warns of its own inner workings
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                network,
-                examples[part],
-                str(paths[part]),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                dynamic_shapes=free,
-                **names,
-            )
+    paths = {part: folder / f"{part}.onnx" for part in parts}
+    for part, path in paths.items():
+        export_network(NETWORKS[part](pipe), examples[part], path, quick)
     return paths
 
 
@@ -261,3 +276,38 @@ def compare_onnx(
             row = dict(part=part, output=output, difference=difference)
             rows.append(row | dict(largest=float(ours.abs().max())))
     return pd.DataFrame(rows)
+
+
+# %% ../../nbs/files/onnx.ipynb #25c91f44
+def shrink_onnx(
+    path: str | Path,  # an ONNX file, written anew
+    rounded: bool = False,  # weights that lose something, too
+) -> int:  # numbers that are stored in 16 bits now
+    "Store weights in 16 bits, which the graph widens, and drop the exporter's notes."
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(str(path))
+    graph = model.graph
+    casts, count = [], 0
+    for weight in graph.initializer:
+        if weight.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(weight)
+        with np.errstate(over="ignore"):
+            small = values.astype(np.float16)
+        fits = np.isfinite(small).all() if rounded else (small == values).all()
+        if values.size < 64 or not fits:
+            continue
+        name = weight.name
+        weight.CopyFrom(numpy_helper.from_array(small, f"{name}_half"))
+        casts.append(helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
+        count += values.size
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    for noted in (model, graph, *graph.node, *graph.input, *graph.output):
+        del noted.metadata_props[:]
+    onnx.save(model, str(path))
+    return count

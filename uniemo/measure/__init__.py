@@ -17,6 +17,22 @@ if TYPE_CHECKING:
         held_out_predictions,
     )
     from .attention import class_attention, pointing, pointing_table
+    from .claims import (
+        CLAIMS,
+        Claim,
+        Comparison,
+        EXAMPLE_CLAIMS,
+        NegativeControl,
+        PositiveControl,
+        Primary,
+        Protocol,
+        Record,
+        Seeds,
+        Text,
+        claims_table,
+        read_claims,
+        read_seeds,
+    )
     from .classification import (
         accuracy,
         calibration_bins,
@@ -35,6 +51,7 @@ if TYPE_CHECKING:
         wheel_distance,
         with_temperature,
     )
+    from .content import image_pairs, kept_content, psnr, ssim
     from .curves import LESS_IS_BETTER, plot_curves, read_log
     from .evidence import Evidence, EvidenceReader, open_image
     from .facility import (
@@ -46,6 +63,7 @@ if TYPE_CHECKING:
         facility_location,
         facility_value,
     )
+    from .factors import low_rank
     from .generation import (
         HIGHER_IS_BETTER,
         MetricSettings,
@@ -107,7 +125,7 @@ if TYPE_CHECKING:
         output_features,
         whitening,
     )
-    from .pictures import grid, overlay, plot_attention
+    from .pictures import fitted, grid, overlay, plot_attention
     from .plots import (
         BINS,
         heat_map,
@@ -151,6 +169,22 @@ _rooms = {
         "held_out_predictions",
     ],
     "attention": ["class_attention", "pointing", "pointing_table"],
+    "claims": [
+        "CLAIMS",
+        "Claim",
+        "Comparison",
+        "EXAMPLE_CLAIMS",
+        "NegativeControl",
+        "PositiveControl",
+        "Primary",
+        "Protocol",
+        "Record",
+        "Seeds",
+        "Text",
+        "claims_table",
+        "read_claims",
+        "read_seeds",
+    ],
     "classification": [
         "accuracy",
         "calibration_bins",
@@ -169,6 +203,7 @@ _rooms = {
         "wheel_distance",
         "with_temperature",
     ],
+    "content": ["image_pairs", "kept_content", "psnr", "ssim"],
     "curves": ["LESS_IS_BETTER", "plot_curves", "read_log"],
     "evidence": ["Evidence", "EvidenceReader", "open_image"],
     "facility": [
@@ -180,6 +215,7 @@ _rooms = {
         "facility_location",
         "facility_value",
     ],
+    "factors": ["low_rank"],
     "generation": [
         "HIGHER_IS_BETTER",
         "MetricSettings",
@@ -241,7 +277,7 @@ _rooms = {
         "output_features",
         "whitening",
     ],
-    "pictures": ["grid", "overlay", "plot_attention"],
+    "pictures": ["fitted", "grid", "overlay", "plot_attention"],
     "plots": [
         "BINS",
         "heat_map",

@@ -76,6 +76,15 @@ class Budget:
         keys = ("num_per_emotion", "guidance_scale", "num_inference_steps")
         return {key: asdict(self)[key] for key in keys}
 
+    def equal_cost(self, best_of: int = 1, refine_steps: int = 0) -> dict:
+        "Sampling with a say of the classifier, at as many calls of the denoiser as without."
+        steps = self.num_inference_steps
+        if refine_steps:
+            # a draft and an image, and three calls a gradient
+            steps = (steps - 3 * refine_steps) // 2
+        steps = max(steps // best_of, 1)
+        return dict(num_inference_steps=steps, best_of=best_of, refine_steps=refine_steps)
+
 
 # %% ../../nbs/mini/variants.ipynb #68d8cfc7
 RELEASED = dict(
@@ -95,6 +104,8 @@ METHOD = {
     "retrieval soft": dict(settings=dict(retrieval="soft")),
     "separate words": dict(mapper=dict(separate=True)),
     "separate words, without alpha": dict(mapper=dict(separate=True, use_alpha=False)),
+    "best of 4": dict(feedback=dict(best_of=4)),
+    "refined word": dict(feedback=dict(refine_steps=3)),
 }
 BASELINES = {
     "prompts, estimated table": dict(true=False),
@@ -135,6 +146,8 @@ def make_variant(
     trained = store(joint, data=data, encoder=encoder, config=config, mapper=how.get("mapper"))
     if "space" in how:
         trained = store(respaced, data=data, pipeline=trained, space=how["space"])
+    if "feedback" in how:
+        sampling |= budget.equal_cost(**how["feedback"])
     return store(candidates, pipeline=trained, seed=seed, **sampling)
 
 

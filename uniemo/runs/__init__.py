@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         resume,
         start,
         terminable,
+        time_left,
         where,
     )
     from .folders import (
@@ -58,6 +59,23 @@ if TYPE_CHECKING:
     from .grids import Grid, RANGE, cell_name, read_grid, read_values
     from .jobs import FullRun, JOBS, Jobs, in_processes, main
     from .keys import Module, SHOWS, TABLES, fingerprint, reached, read_module, source_hash
+    from .larger import (
+        CLIP_G,
+        CLIP_L,
+        FLUX_TRANSFORMER,
+        LARGER,
+        SD3_TRANSFORMER,
+        SDXL_UNET,
+        T5_XXL,
+        WIDE_VAE,
+        WeightlessStage,
+        build_part,
+        build_pipeline,
+        is_larger,
+        larger_mapper,
+        paint_weightless,
+        put_first,
+    )
     from .parameters import (
         COMPUTED,
         HOLDS,
@@ -92,6 +110,7 @@ if TYPE_CHECKING:
         START,
         WRITTEN_OUT,
         build_parts,
+        build_retriever,
         default_type,
         random_encoder,
         read_config,
@@ -154,6 +173,7 @@ _rooms = {
         "resume",
         "start",
         "terminable",
+        "time_left",
         "where",
     ],
     "folders": [
@@ -183,6 +203,23 @@ _rooms = {
     "grids": ["Grid", "RANGE", "cell_name", "read_grid", "read_values"],
     "jobs": ["FullRun", "JOBS", "Jobs", "in_processes", "main"],
     "keys": ["Module", "SHOWS", "TABLES", "fingerprint", "reached", "read_module", "source_hash"],
+    "larger": [
+        "CLIP_G",
+        "CLIP_L",
+        "FLUX_TRANSFORMER",
+        "LARGER",
+        "SD3_TRANSFORMER",
+        "SDXL_UNET",
+        "T5_XXL",
+        "WIDE_VAE",
+        "WeightlessStage",
+        "build_part",
+        "build_pipeline",
+        "is_larger",
+        "larger_mapper",
+        "paint_weightless",
+        "put_first",
+    ],
     "parameters": [
         "COMPUTED",
         "HOLDS",
@@ -217,6 +254,7 @@ _rooms = {
         "START",
         "WRITTEN_OUT",
         "build_parts",
+        "build_retriever",
         "default_type",
         "random_encoder",
         "read_config",

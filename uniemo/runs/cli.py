@@ -414,11 +414,19 @@ def _json_or_text(text):
 # %% ../../nbs/runs/cli.ipynb #9dd12b67
 @application.command(
     "estimate",
-    epilog=examples("uniemo estimate paper", "uniemo estimate emoset -s joint -p batch_size 4"),
+    epilog=examples(
+        "uniemo estimate paper",
+        "uniemo estimate emoset -s joint -p batch_size 4",
+        "uniemo estimate --diffusion flux -s joint -p batch_size 1",
+    ),
 )
 def estimate_memory(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME")] = "paper",
     pairs: Pairs = None,
+    diffusion: Annotated[
+        str | None,
+        typer.Option(help="sdxl, sd3.5-medium, flux, or a folder of Stable Diffusion 1.x or 2.x"),
+    ] = None,
     stages: Annotated[
         list[str] | None,
         typer.Option(
@@ -432,6 +440,7 @@ def estimate_memory(
 ):
     "How much memory NAME, a preset (paper, mini) or an experiment, will take, before it does."
     from transformers.utils import logging
+    from uniemo.runs.larger import LARGER
 
     from uniemo.runs.estimate import JointConfig, estimate
 
@@ -440,6 +449,10 @@ def estimate_memory(
     changes = {k: _json_or_text(v) for k, v in pairs.items()}
     if name not in JointConfig.presets:
         name, changes = _of_experiment(name, pairs)
+    if diffusion is not None:
+        changes["diffusion"] = diffusion
+        if diffusion in LARGER:
+            changes.setdefault("vae_size", 1024)
     try:
         progress = is_watched(quiet)
         table = estimate(name, stages, device=device, progress=progress, **changes)

@@ -33,9 +33,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
+from uniemo.runs.larger import (
+    WeightlessStage,
+    build_pipeline,
+    is_larger,
+    larger_mapper,
+    paint_weightless,
+)
 
+from ..diffusion.denoisers import denoiser_of
 from ..joint import JointConfig, JointStage
-from .parts import NAMES, SD, Parts, build_parts, default_type
+from .parts import NAMES, SD, Parts, build_parts, build_retriever, default_type
 from ..train.advice import split_batch
 from ..understanding import UnderstandingConfig, UnderstandingStage
 
@@ -204,6 +212,8 @@ def _size(module):
 
 def _measure_generation(config, job, dtype):
     "Part -> (parameters, bytes) of generation."
+    if is_larger(job.diffusion):
+        return _measure_larger_generation(config, job, dtype)
     with fake_tensors(dtype or torch.float32):
         parts = build_parts(config, job.diffusion_of(config), job.names)
         work = generate_step(parts, job.num_images)
@@ -219,6 +229,37 @@ def _stage_of(config, parts):
 
 
 # %% ../../nbs/runs/estimate.ipynb #fd8e357d
+def _networks(parts, pipe):
+    "The networks of a setting and of a pipeline, by name."
+    own = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
+    return parts.modules() | own
+
+
+def _larger_stage(config, parts, name, frozen):
+    "The stage that trains against a larger pipeline, and its networks."
+    pipe = build_pipeline(name, frozen)
+    parts.mapper = larger_mapper(parts.encoder, pipe)
+    parts.retriever = build_retriever(config, parts.text)
+    own = (parts.encoder, parts.mapper, parts.retriever)
+    return WeightlessStage(*own, pipe, config, parts.text), _networks(parts, pipe)
+
+
+def _measure_larger_generation(config, job, dtype):
+    "Part -> (parameters, bytes) of generation with a larger pipeline."
+    with fake_tensors(dtype or torch.float32):
+        parts = build_parts(config, None, job.names)
+        pipe = build_pipeline(job.diffusion)
+        parts.mapper = larger_mapper(parts.encoder, pipe)
+        networks = _networks(parts, pipe)
+        memory = MemoryTracker(*networks.values())
+        with memory:
+            paint_weightless(pipe, denoiser_of(pipe), job.num_images)
+        memory.sizes.clear()
+        rows = {name: _size(module) for name, module in networks.items()}
+    return rows | dict(optimiser=(0, 0), gradients=(0, 0), activations=(0, memory.peak))
+
+
+# %% ../../nbs/runs/estimate.ipynb #4edb3618
 def _measure_training(config, job, dtype):
     "Part -> (parameters, bytes) of a step of stage 1 or 2."
     images, passes = split_batch(config.batch_size, config.micro_batch, job.processes)
@@ -227,14 +268,19 @@ def _measure_training(config, job, dtype):
     diffusion = job.diffusion_of(config) if joint else None
     frozen = dtype if job.device == "cuda" else None
     with fake_tensors():
-        parts = build_parts(config, diffusion, job.names, frozen)
-        stage, side = _stage_of(config, parts), parts.encoder.config.image_size
+        larger = joint and is_larger(diffusion)
+        parts = build_parts(config, None if larger else diffusion, job.names, frozen)
+        side = parts.encoder.config.image_size
+        if larger:
+            stage, networks = _larger_stage(config, parts, diffusion, frozen)
+        else:
+            stage, networks = _stage_of(config, parts), parts.modules()
 
         def batch():
             return random_batch(images, side, vae_side, job.names[1])
 
         gradients, work = train_step(stage, batch, passes, dtype)
-        rows = {name: _size(module) for name, module in parts.modules().items()}
+        rows = {name: _size(module) for name, module in networks.items()}
         if getattr(stage, "bridge", None) is not None:
             rows["bridge"] = _size(stage.bridge)
         trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)

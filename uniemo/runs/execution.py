@@ -7,6 +7,7 @@ __all__ = [
     "LINES_EVERY",
     "KILLED",
     "where",
+    "time_left",
     "Watch",
     "RunFailed",
     "Terminated",
@@ -27,9 +28,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 from ..files.disk import write_file
-from .folders import LOCK, Run, new_run, now
+from .folders import LOCK, Run, new_run, now, read_json
 from uniemo.runs.parameters import (
     check_parameters,
     find_notebook,
@@ -56,11 +58,27 @@ def where(notebook) -> tuple[int, int, str]:
     return running, count, heading
 
 
-def _last_row(lines):
+def time_left(
+    row: dict,  # of metrics.jsonl
+    plan: dict,  # of plan.json: step and time at the start of the training, and all its `steps`
+) -> str:
+    "How long a training will still take, as short text; nothing where it cannot be told."
+    try:
+        done, rest = row["step"] - plan["step"], plan["steps"] - row["step"]
+        took = row["time"] - plan["time"]
+    except (KeyError, TypeError):
+        return ""
+    if done <= 0 or rest <= 0 or took <= 0:
+        return ""
+    return f", {timedelta(seconds=round(rest * took / done))} left"
+
+
+def _last_row(lines, plan):
     "The last of some lines that is whole JSON, as short text."
     for line in reversed(lines):
         with suppress(ValueError):
-            return show_metrics(json.loads(line))
+            row = json.loads(line)
+            return show_metrics(row) + time_left(row, plan)
     return None
 
 
@@ -113,7 +131,8 @@ class Watch:
             new = f.read()
         whole = new[: new.rfind(b"\n") + 1]
         self.offset += len(whole)
-        self.last = _last_row(whole.splitlines()) or self.last
+        plan = read_json(self.run.dir / "plan.json", {})
+        self.last = _last_row(whole.splitlines(), plan) or self.last
 
     def show(self, final: bool = False):
         "Bring status.json and the display up to date."

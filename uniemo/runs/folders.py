@@ -245,6 +245,11 @@ class Run:
         row = {**metrics, "time": round(time.time(), 3), "attempt": self._attempt}
         _append_line(self.dir / "metrics.jsonl", json.dumps(row, default=_plain))
 
+    def plan(self, steps: int, step: int = 0):
+        "Say that a training of so many steps goes on from `step`: the log tells what is left."
+        told = dict(steps=steps, step=step, time=round(time.time(), 3))
+        write_json(self.dir / "plan.json", told)
+
     def summary(self, **values) -> dict:
         "Merge `values` into summary.json and return all of it; without values, only return it."
         merged = {**read_json(self.dir / "summary.json", {}), **values}

@@ -21,6 +21,7 @@ __all__ = [
     "Parts",
     "default_type",
     "random_encoder",
+    "build_retriever",
     "build_parts",
 ]
 
@@ -223,6 +224,15 @@ def random_encoder(config: UnderstandingConfig) -> ExpertQueryModel:
 
 
 # %% ../../nbs/runs/parts.ipynb #e475dfd1
+def build_retriever(config: JointConfig, text: dict[str, Tensor]) -> AttributeRetriever:
+    "A retriever for features of made-up names, whose coefficients are even."
+    even = [1 / len(MIKELS)] * len(MIKELS)
+    rows = [{f"{kind} {k}": even for k in range(len(own))} for kind, own in text.items()]
+    table = CorrelationTable(*rows, MIKELS)
+    return AttributeRetriever(table, *text.values(), config.retrieval, config.temperature)
+
+
+# %% ../../nbs/runs/parts.ipynb #16ec15da
 def build_parts(
     config: UnderstandingConfig | JointConfig,
     diffusion: str | Path | None = None,  # a diffusion model, for a `JointConfig`
@@ -246,12 +256,7 @@ def build_parts(
     vocabulary, length = max(text_config.vocab_size, 514), text_config.max_position_embeddings
     parts.tokenizer = stand_in_tokenizer(vocabulary, length)
     # 2. what stands between it and the encoder
-    even = [1 / len(MIKELS)] * len(MIKELS)
-    rows = [{f"{kind} {k}": even for k in range(n)} for kind, n in zip(text, names)]
-    table = CorrelationTable(*rows, MIKELS)
-    parts.retriever = AttributeRetriever(
-        table, *text.values(), config.retrieval, config.temperature
-    )
+    parts.retriever = build_retriever(config, text)
     width = encoder.config.backbone_config.hidden_size
     parts.mapper = PseudoWordMapper(width, text_config.hidden_size)
     return parts

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         read_bytes,
         read_json,
     )
+    from .resampling import random_choice, redraw
     from .sets import EmotionData, examine_all, warn_of_likeness
     from .shares import (
         BatchShare,
@@ -150,6 +151,7 @@ _rooms = {
         "read_bytes",
         "read_json",
     ],
+    "resampling": ["random_choice", "redraw"],
     "sets": ["EmotionData", "examine_all", "warn_of_likeness"],
     "shares": [
         "BatchShare",

@@ -18,8 +18,8 @@ __all__ = [
     "PageSettings",
     "page_numbers",
     "painted_samples",
-    "write_page",
     "page_of",
+    "write_page",
 ]
 
 # %% ../../nbs/explore/webpage.ipynb #3e67f8d0
@@ -313,6 +313,21 @@ def painted_samples(
 
 
 # %% ../../nbs/explore/webpage.ipynb #64ee33f6
+def page_of(
+    name: str | Path,  # mini, a folder, a run or a hub id
+    settings: PageSettings | None,
+) -> tuple:  # pipeline, settings
+    "A pipeline by name, and the page's settings for it."
+    from uniemo.pipeline import UniEmoPipeline
+
+    pipe = UniEmoPipeline.from_pretrained(name)
+    pipe.set_progress_bar_config(disable=True)
+    if settings is None:
+        settings = PageSettings(title=Path(name).name, warning=PAINTED if name == "mini" else "")
+    return pipe, settings
+
+
+# %% ../../nbs/explore/webpage.ipynb #1acdc3b7
 @torch.no_grad()
 def write_page(
     pipe,  # a `UniEmoPipeline` on the CPU, float32, with queries and a space; or 'mini', a folder
@@ -353,17 +368,3 @@ def write_page(
     (folder / "draws.bin").write_bytes(b"".join(draws[name].tobytes() for name in order))
     (folder / "model.json").write_text(json.dumps(numbers), encoding="utf-8")
     return folder
-
-
-def page_of(
-    name: str | Path,  # mini, a folder, a run or a hub id
-    settings: PageSettings | None,
-) -> tuple:  # pipeline, settings
-    "A pipeline by name, and the page's settings for it."
-    from uniemo.pipeline import UniEmoPipeline
-
-    pipe = UniEmoPipeline.from_pretrained(name)
-    pipe.set_progress_bar_config(disable=True)
-    if settings is None:
-        settings = PageSettings(title=Path(name).name, warning=PAINTED if name == "mini" else "")
-    return pipe, settings

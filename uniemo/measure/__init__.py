@@ -92,6 +92,7 @@ if TYPE_CHECKING:
         shifted_bootstrap,
     )
     from .moments import add_rows, merge_moments, moments
+    from .name_rules import NamedTable, PairTable, additive_logits, true_shares, zero_shot_shares
     from .neighbours import (
         Balls,
         check_features,
@@ -155,6 +156,32 @@ if TYPE_CHECKING:
         check_evidence,
         fit_thresholds,
         own_confidence,
+    )
+    from .verdicts import (
+        COLOURS,
+        COLUMNS,
+        FAILED,
+        Finding,
+        MISSING,
+        NONE,
+        NOT_TESTED,
+        PASSED,
+        REFUTED,
+        ROUNDING,
+        SHAPES,
+        SUPPORTED,
+        UNDECIDED,
+        VERDICTS,
+        beside_verdicts,
+        check_results,
+        control_states,
+        decide,
+        detectable,
+        holm,
+        judge_claims,
+        paired_differences,
+        paired_p,
+        plot_verdicts,
     )
 
 _rooms = {
@@ -244,6 +271,7 @@ _rooms = {
         "shifted_bootstrap",
     ],
     "moments": ["add_rows", "merge_moments", "moments"],
+    "name_rules": ["NamedTable", "PairTable", "additive_logits", "true_shares", "zero_shot_shares"],
     "neighbours": [
         "Balls",
         "check_features",
@@ -313,6 +341,32 @@ _rooms = {
         "check_evidence",
         "fit_thresholds",
         "own_confidence",
+    ],
+    "verdicts": [
+        "COLOURS",
+        "COLUMNS",
+        "FAILED",
+        "Finding",
+        "MISSING",
+        "NONE",
+        "NOT_TESTED",
+        "PASSED",
+        "REFUTED",
+        "ROUNDING",
+        "SHAPES",
+        "SUPPORTED",
+        "UNDECIDED",
+        "VERDICTS",
+        "beside_verdicts",
+        "check_results",
+        "control_states",
+        "decide",
+        "detectable",
+        "holm",
+        "judge_claims",
+        "paired_differences",
+        "paired_p",
+        "plot_verdicts",
     ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -143,6 +143,14 @@ if TYPE_CHECKING:
     )
     from .rehearsal import Plan, Rehearsed, Scene, Trial, rehearse_emoset
     from .scenes import Canvas, Color, PAINTERS, RUBBISH, paint_scene
+    from .sceptics import (
+        READERS,
+        RULES,
+        name_baselines,
+        read_names,
+        train_frozen_head,
+        written_names,
+    )
     from .shipping import ship
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
     from .stages import (
@@ -167,15 +175,7 @@ if TYPE_CHECKING:
         understanding,
     )
     from .standins import ENTRIES, LENGTH, SIZES, write_large_index, write_random_models
-    from .story import (
-        Source,
-        accuracies,
-        first_of_each,
-        open_photographs,
-        plot_story,
-        read_choice,
-        summarize,
-    )
+    from .story import Source, first_of_each, open_photographs, plot_story, read_choice, summarize
     from .tokens import PLACEHOLDER, POSITIONS, build_tokenizer, tokenize
     from .truth import (
         ImageSpec,
@@ -343,6 +343,14 @@ _rooms = {
     ],
     "rehearsal": ["Plan", "Rehearsed", "Scene", "Trial", "rehearse_emoset"],
     "scenes": ["Canvas", "Color", "PAINTERS", "RUBBISH", "paint_scene"],
+    "sceptics": [
+        "READERS",
+        "RULES",
+        "name_baselines",
+        "read_names",
+        "train_frozen_head",
+        "written_names",
+    ],
     "shipping": ["ship"],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
     "stages": [
@@ -369,7 +377,6 @@ _rooms = {
     "standins": ["ENTRIES", "LENGTH", "SIZES", "write_large_index", "write_random_models"],
     "story": [
         "Source",
-        "accuracies",
         "first_of_each",
         "open_photographs",
         "plot_story",

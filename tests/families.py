@@ -17,10 +17,16 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from tiny_pipelines import BUILDERS, build, unet
+from transformers import ViTConfig, ViTModel
 
+from uniemo.backbones import Backbone
 from uniemo.correlation import AttributeRetriever, CorrelationTable
+from uniemo.diffusion.families import build_mapper
+from uniemo.emotions import MIKELS
 from uniemo.fusion import PseudoWordMapper
+from uniemo.joint import JointConfig, stage_for
 from uniemo.towers import text_towers
+from uniemo.understanding import build_encoder
 from uniemo.words import EmotionWords
 
 TABLE = Path(__file__).resolve().parent.parent / "nbs" / "diffusion" / "abilities.csv"
@@ -343,6 +349,62 @@ def reads_guidance(pipe):
     return largest_difference(one, other) > 0
 
 
+# ---- training
+
+STAGE = dict(
+    steps=2,
+    batch_size=4,
+    epochs=None,
+    vae_size=32,
+    warm_start=0,
+    num_queries=2,
+    head_width=16,
+    eval_every=100,
+    log_every=1,
+    cpu=True,
+)
+
+
+def tiny_encoder():
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=1)
+    torch.manual_seed(4)
+    vision = ViTModel(ViTConfig(**sizes, image_size=64, patch_size=32), add_pooling_layer=False)
+    config = JointConfig.preset("mini", **STAGE)
+    return build_encoder(Backbone(vision), config, MIKELS.names, 24)
+
+
+def stage_and_batch(pipe, text, mapper=None, **changes):
+    "A stage on tiny models, and a batch of random images."
+    config = JointConfig.preset("mini", **(STAGE | changes))
+    rows = {
+        kind: {f"{kind} {k}": [1 / 8] * 8 for k in range(len(own))} for kind, own in text.items()
+    }
+    retriever = AttributeRetriever(CorrelationTable(**rows, emotions=MIKELS), *text.values())
+    torch.manual_seed(6)
+    made = build_mapper(16, pipe, separate=True, **(mapper or {}))
+    stage = stage_for(pipe, config)(tiny_encoder(), made, retriever, pipe, config, text)
+    torch.manual_seed(7)
+    batch = dict(
+        pixel_values=torch.randn(2, 3, 64, 64),
+        vae_pixel_values=torch.randn(2, 3, 32, 32).clamp(-1, 1),
+        label=torch.tensor([0, 3]),
+        scene=torch.tensor([0, 1]),
+        objects=torch.ones(2, len(text["object"])),
+    )
+    return stage, batch
+
+
+def training(pipe, family):
+    "A step of stage 2: the denoiser's error reaches the words of every tower."
+    torch.manual_seed(3)
+    text = {"scene": torch.randn(4, 24), "object": torch.randn(5, 24)}
+    stage, batch = stage_and_batch(pipe, text, joint_weights=(0, 0, 1.0))
+    loss = stage.train().loss(batch)["loss"]
+    loss.backward()
+    moved = [p.grad is not None and p.grad.abs().max() > 0 for p in stage.mapper.parameters()]
+    return bool(loss.isfinite()) and all(moved)
+
+
 @dataclass(frozen=True)
 class Ability:
     "A column of the table."
@@ -363,6 +425,7 @@ ABILITIES = [
     Ability("CPU offload", offloaded),
     Ability("compiled denoiser", compiled_denoiser),
     Ability("few steps", few_steps),
+    Ability("training", training),
 ]
 
 

@@ -12,19 +12,24 @@ from families import (
     ABILITIES,
     MASK,
     PHOTO,
+    STAGE,
     adapter_of,
     control_net,
     emotion_words,
     outcome,
     read_table,
     sibling,
+    tiny_encoder,
 )
 from house import NBS
 from peft import LoraConfig, get_peft_model_state_dict
 from tiny_pipelines import BUILDERS, build
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from uniemo.joint import JointConfig
+from uniemo.mini.splits import paint_splits
 from uniemo.pipeline import UniEmoPipeline
+from uniemo.queries import ExpertQueryModel
 from uniemo.words import EmotionWords
 
 torch.set_num_threads(1)
@@ -140,7 +145,31 @@ def stand_ins(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_every_snippet_of_the_page_runs(stand_ins):
+@pytest.fixture
+def small_training(monkeypatch, tmp_path):
+    "Two steps on eight pictures in place of EmoSet, and a tiny encoder."
+    preset = JointConfig.preset.__func__
+    world = paint_splits(num_train=8, num_val=4, num_test=4)
+    torch.manual_seed(3)
+    text = {kind: torch.randn(len(own), 24) for kind, own in world.names.items() if own}
+
+    load = ExpertQueryModel.from_pretrained.__func__
+
+    def small(cls, name, **changes):
+        return preset(cls, "mini", **(changes | STAGE))
+
+    def encoder(cls, name, **how):
+        return tiny_encoder() if name == "runs/understanding/model" else load(cls, name, **how)
+
+    monkeypatch.setattr(JointConfig, "preset", classmethod(small))
+    monkeypatch.setattr("uniemo.data.splits.open_splits", lambda name: world)
+    monkeypatch.setattr("uniemo.joint.name_features", lambda *args: text)
+    monkeypatch.setattr(ExpertQueryModel, "from_pretrained", classmethod(encoder))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:vae_size is")
+def test_every_snippet_of_the_page_runs(stand_ins, small_training):
     "In their order, each with the names that those before it have made."
     names = {}
     shown = snippets()

@@ -85,5 +85,5 @@ dist: env ## wheel and sdist, in dist
 	python -m build --no-isolation
 
 clean: ## remove what was built (runs/ and .venv stay)
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache nbs/.last_checked
+	rm -rf _docs _proc _play _play.lock build dist *.egg-info .pytest_cache .ruff_cache nbs/.last_checked
 	find nbs uniemo tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -276,7 +276,7 @@ def page_numbers(
         samples=[dict(file=name, title=title) for name, title in samples.items()],
     )
 
-
+# %% ../../nbs/explore/webpage.ipynb #3e6e5d1d
 def painted_samples(
     pipe,  # a `UniEmoPipeline`
     steps: int = 20,

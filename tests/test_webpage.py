@@ -49,6 +49,22 @@ def address(play, tmp_path_factory):
         server.shutdown()
 
 
+def test_a_command_writes_it(monkeypatch, tmp_path, capsys):
+    from uniemo.explore import webpage
+    from uniemo.runs.cli import main
+
+    asked = []
+
+    def write(model, folder):
+        asked.append((model, folder))
+        return folder
+
+    monkeypatch.setattr(webpage, "write_page", write)
+    assert main(["demo", "--static", str(tmp_path / "page"), "--model", "runs/mine"]) == 0
+    assert asked == [("runs/mine", tmp_path / "page")]
+    assert "http.server" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def browser(address, tmp_path_factory):
     if find_chromium() is None:

@@ -21,8 +21,13 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote
 
+from pages import describe_pictures, llms, names_page
+from play import add_play
+from reference import entry
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+BLOB = "https://github.com/uniemo/uniemo/blob/main"
 EXPERIMENTS = [
     "quickstart",
     "tour",
@@ -73,26 +78,72 @@ def notebooks(folder=None):
     return sorted((p for p in (NBS / (folder or "")).rglob("*.ipynb") if not hidden(p)), key=key)
 
 
-# ---- side bar
+# ---- side bars
+
+START = ["index", "start/install", "start/first", "start/words"]
+TUTORIALS = [
+    "tutorials/read_photo",
+    "tutorials/make_images",
+    "tutorials/own_data",
+    "tutorials/own_backbone",
+    "diffusion/own_pipeline",
+    "tutorials/emoset_gpus",
+    "tutorials/filter_feedback",
+    "tutorials/read_claim",
+]
+RECIPES = ["howto/recipes", "train/cluster", "runs/sweeps"]
+ABOUT = ["about/authors", "about/faq", "about/citing"]
+# shelves whose rooms are read to do something, not to look something up
+DOING = {"explore": "Explore", "commands": "Everyday commands"}
+NAMES_PAGE = "reference/names.qmd"  # written while the site is built
+
+
+def in_folder(*names):
+    "Notebooks that stand in these places, in this order, and others of their folders after them."
+    first = [NBS / f"{name}.ipynb" for name in names]
+    folders = {name.partition("/")[0] for name in names} & {"start", "tutorials", "howto", "about"}
+    rest = [p for folder in sorted(folders) for p in notebooks(folder) if p not in first]
+    return [p for p in first + rest if p.exists()]
+
+
+def shelves_of_the_site():
+    """{shelf: {section: notebooks}}; a section without a name stands at the top.
+
+    A notebook stands once: a room that a tutorial or a recipe is made of is not repeated in the
+    reference, whose first page names everything.
+    """
+    chapters = [p for p in notebooks() if p.parent == NBS and p.stem != "index"]
+    doing = {title: notebooks(name) for name, title in DOING.items()}
+    site = {
+        "Get started": {"": in_folder(*START)},
+        "Tutorials": {"": in_folder(*TUTORIALS)},
+        "How-to": {"": in_folder(*RECIPES), **doing},
+        "Method": {"": chapters},
+        "Reference": {},
+        "Experiments": {"": notebooks("experiments"), "Benchmarks": notebooks("benchmarks")},
+        "More": {"": in_folder(*ABOUT)},
+    }
+    placed = {p for shelf in site.values() for nbs in shelf.values() for p in nbs}
+    for name in SHELVES:
+        rooms = [p for p in notebooks(name) if p not in placed]
+        if rooms:
+            site["Reference"][name] = rooms
+    return site
 
 
 def sidebar():
-    "Text of `nbs/sidebar.yml`: Home, the method's chapters, experiments, shelves, benchmarks."
-    shelves = {
-        "The method": [p for p in notebooks() if p.parent == NBS and p.stem != "index"],
-        "Experiments": notebooks("experiments"),
-        **{f"Shelf: {name}": notebooks(name) for name in SHELVES},
-        "Benchmarks": notebooks("benchmarks"),
-    }
-    out = ["website:", "  sidebar:", "    contents:", "      - {text: Home, href: index.ipynb}"]
-    for name, nbs in shelves.items():
-        if nbs:
-            out += [
-                f'      - section: "{name}"',
-                "        contents:",
-                *[f"          - {p.relative_to(NBS).as_posix()}" for p in nbs],
-            ]
-    return "\n".join(out) + "\n"
+    "Text of `nbs/sidebar.yml`: a side bar for each shelf of the site."
+    bars = []
+    for shelf, sections in shelves_of_the_site().items():
+        contents = [NAMES_PAGE] if shelf == "Reference" else []
+        for title, nbs in sections.items():
+            pages = [p.relative_to(NBS).as_posix() for p in nbs]
+            contents += [dict(section=title, contents=pages)] if title else pages
+        name = shelf.lower().replace(" ", "-")
+        bars.append(dict(id=name, style="floating", contents=contents))
+    import yaml
+
+    return yaml.safe_dump(dict(website=dict(sidebar=bars)), sort_keys=False)
 
 
 # ---- shelves of the package
@@ -197,6 +248,8 @@ def write_readme():
 # ---- site
 
 MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
+FOREIGN_STYLE = re.compile(r"@import\s+url\([\"']?(?:https?:)?//[^)]*\);")
+SIGNS = str.maketrans("<>", "\ue000\ue001")
 KATEX = re.compile(r"<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\s*")
 
 
@@ -206,8 +259,12 @@ def mathml(page):
 
     def one(m):
         tex = re.sub(r"\{(aligned|align|split)\}", "{align*}", html.unescape(m[2]).strip())
+        # `<emotion>` in a text is no tag; a large bar is a bar
+        tex = re.sub(r"\\text\{[^}]*\}", lambda o: o[0].translate(SIGNS), tex)
+        tex = re.sub(r"\\[bB]ig[lr]?\s*\\\|", r"\\|", tex)
         out = convert(tex, display="inline" if m[1] == "inline" else "block")
-        if "<mi>&</mi>" in out or re.search(r">\\[a-zA-Z]+<", out):
+        out = out.replace("\ue000", "&lt;").replace("\ue001", "&gt;")
+        if "<mi>&</mi>" in out or re.search(r">\\([a-zA-Z]+|\|)<", out):
             raise ValueError(
                 f"this formula cannot be drawn without a script, write it more simply: {tex}"
             )
@@ -246,48 +303,59 @@ def without_numbers(proc):
             p.rename(p.with_name(names[p.name]))
 
 
+def page_of(path):
+    "`nbs/01_emotions.ipynb` is the page `emotions.html`."
+    path = path.relative_to(NBS)
+    return path.with_name(re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem) + ".html").as_posix()
+
+
+def write_names(proc):
+    "The page of all names, beside the notebooks."
+    page = proc / NAMES_PAGE
+    page.parent.mkdir(exist_ok=True)
+    pages = {page_of(p): read(p) for p in notebooks()}
+    page.write_text(names_page(pages, ROOT / "uniemo"), encoding="utf-8")
+
+
+def write_llms(site, cfg):
+    "`llms.txt` at the site's root."
+    shelves = {}
+    for shelf, sections in shelves_of_the_site().items():
+        shelves[shelf] = []
+        for path in [p for nbs in sections.values() for p in nbs]:
+            title, _, said = text(read(path)["cells"][0]["source"]).partition("> ")
+            shelves[shelf].append((page_of(path), title.strip("# \n"), said.strip()))
+    host = cfg.doc_host + cfg.doc_baseurl
+    (site / "llms.txt").write_text(llms(cfg.title, cfg.description, shelves, host))
+
+
 def process():
     """Notebooks ready to render, in `_proc`: nbdev's own processing, but no cell is run.
 
-    API entries are made from the imported module; nbdev would run each cell that has an import
-    in it, whatever else it does.
+    API entries are read from the source (`reference.py`); nbdev would run each cell that has an
+    import in it, whatever else it does.
     """
     import nbdev.processors as steps
     import nbdev.serve as serve
-    from nbdev.doclinks import _get_exps
+    from fastcore.basics import AttrDict
     from nbdev.quarto import refresh_quarto_yml
 
     class Entries(steps.Processor):
         def begin(self):
-            self.shell = steps.CaptureShell()
-            module = next(
-                (
-                    text(c["source"]).split("default_exp")[1].split()[0]
-                    for c in self.nb.cells
-                    if c.cell_type == "code" and "default_exp" in text(c["source"] or "")
-                ),
-                None,
-            )
-            self.shell.run_cell("from nbdev.showdoc import show_doc")
-            if module:
-                load = f"importlib.import_module('uniemo.{module}')"
-                self.shell.run_cell(f"import importlib; globals().update(vars({load}))")
+            cells = [c for c in self.nb.cells if c.cell_type == "code"]
+            told = [text(c["source"]) for c in cells if "default_exp" in text(c["source"] or "")]
+            self.module = told[0].split("default_exp")[1].split()[0] if told else ""
 
         def cell(self, cell):
             if not (cell["source"] and steps._is_showdoc(cell)):
                 return
-            self.shell.cell(cell)
-            if self.shell.exc:
-                raise RuntimeError(f"{self.nb.path_}: {cell.source}: {self.shell.exc!r}")
-            name = re.search(r"show_doc\((?:\w+\.)?([\w.]+)", text(cell["source"]))[1]
-            # nbdev looks for the line under another name, and writes None
-            for data in (o.get("data", {}) for o in cell.outputs):
-                for kind, md in data.items():
-                    data[kind] = re.sub(
-                        r"([\w/]+\.py)#LNone",
-                        lambda m: f"{m[1]}#L{_get_exps(m[1]).get(name, 1)}",
-                        text(md),
-                    )
+            name = re.search(r"show_doc\(([\w.]+)", text(cell["source"]))[1]
+            place = self.module.replace(".", "/") + ".py"
+            made = entry(ROOT / "uniemo" / place, name, f"{BLOB}/uniemo/{place}")
+            if made is None:
+                raise RuntimeError(f"{self.nb.path_}: uniemo.{self.module} defines no {name}")
+            data = AttrDict({"text/markdown": made})
+            cell.outputs = [AttrDict(output_type="display_data", metadata=AttrDict(), data=data)]
 
     class Filter(serve.FilterDefaults):
         def base_procs(self):
@@ -300,6 +368,8 @@ def process():
         proc = serve.proc_nbs(NBS, n_workers=0, force=True)
     finally:
         serve.FilterDefaults = default
+    write_names(proc)
+    describe_pictures(proc)
     without_numbers(proc)
     return proc
 
@@ -317,6 +387,8 @@ def docs():
     for p in site.rglob("*.html"):
         p.write_text(mathml(p.read_text(encoding="utf-8")), encoding="utf-8")
     local_links(site, cfg)
+    add_play(site)
+    write_llms(site, cfg)
     # formulas look the same on every machine
     shutil.copy(files("ziamath") / "fonts/STIXTwoMath-Regular.ttf", site / "site_libs")
     if bad := broken_links(site):
@@ -326,10 +398,14 @@ def docs():
 
 def quarto_docs():
     "The same site by Quarto, where that is installed: what is published."
+    from nbdev.config import get_config
+
     proc = process()
     subprocess.run(["quarto", "render", str(proc), "--no-cache"], check=True)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(proc / "_docs", ROOT / "_docs")
+    add_play(ROOT / "_docs")
+    write_llms(ROOT / "_docs", get_config(path=ROOT))
 
 
 class Links(HTMLParser):

@@ -182,6 +182,25 @@ def test_notebook_holds_no_path_of_its_machine(nb):
     assert found == []
 
 
+# a bar that no kernel fills any more, and lines about what is in order
+STALE = r"\b0%\||requires torchvision|torchvision is not installed|IProgress not found"
+
+
+@each
+def test_notebook_stores_no_stale_line(nb):
+    found = [
+        line.strip()[:120]
+        for c in read(nb)["cells"]
+        for o in c.get("outputs", [])
+        for line in text(o.get("text", o.get("data", {}).get("text/plain", ""))).splitlines()
+        if re.search(STALE, line)
+    ]
+    assert found == [], (
+        "in the hidden cell: disable_progress_bar() of diffusers.utils.logging and "
+        "transformers.utils.logging, then execute it anew"
+    )
+
+
 def test_parameters_tag_survives_cleaning(tmp_path):
     "nbdev_clean strips cell metadata, but papermill needs its tag."
     nb = tmp_path / "tagged.ipynb"
@@ -266,20 +285,6 @@ def test_quarto_settings_are_one_file():
     ).resolve() == ROOT / "_quarto.yml"
 
 
-def test_site(capfd):
-    "Builds offline and without Quarto: whole links, nothing from elsewhere, formulas as MathML."
-    pytest.importorskip("smalldocs")
-    pytest.importorskip("ziamath")
-    site = house.docs()
-    assert house.broken_links(site) == []
-    pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")}
-    assert {
-        re.sub(r"\d+[a-zA-Z0-9]*_", "", p.relative_to(NBS).with_suffix(".html").as_posix())
-        for p in ALL
-    } <= pages
-    assert not [p for p in pages if 'class="math ' in (site / p).read_text(encoding="utf-8")]
-
-
 def test_link_checker_sees_what_is_broken(tmp_path):
     (tmp_path / "a.html").write_text(
         '<h2 id="x">x</h2><a href="#x">1</a><a href="#y">2</a><a href="b.html">3</a><script src="https://cdn.example/k.js"></script>'
@@ -328,7 +333,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_what_it_needs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert wheel.stat().st_size < 30e6
+    assert wheel.stat().st_size < 45e6
     wanted = [f"uniemo/experiments/{p.name}" for p in notebooks("experiments")] + [
         p.relative_to(ROOT).as_posix()
         for p in (ROOT / "uniemo").rglob("*")

@@ -277,3 +277,24 @@ def test_a_configuration_is_taken_as_it_is():
         and with_average[column].xs("all", level="part").iloc[0]
         > without[column].xs("all", level="part").iloc[0]
     )
+
+
+def test_a_step_against_a_larger_pipeline():
+    "SDXL in full size: both text towers have words, and the mapper an output layer for each."
+    settings = dict(batch_size=1, vae_size=1024, gradient_checkpointing=True)
+    job = dict(device="cuda", diffusion="sdxl", names=(16, 24))
+    table = estimate("paper", ("joint",), ("bf16",), **job, **settings).droplevel("stage")
+    assert table.parameters["unet"] == 2_567_463_684
+    assert table.parameters["text_encoder_2"] == 694_659_840
+    # a first layer for each part, and heads of widths 768 and 1280
+    heads = 3 * (1024 + 1) * (768 + 1280)
+    assert table.parameters["mapper"] == 3 * (1024 + 1) * 1024 + heads
+    assert table["bf16 GB"]["unet"] == pytest.approx(5.13, abs=0.01)
+    assert 0.5 < table["bf16 GB"]["activations"] < 10
+
+
+def test_the_diffusion_model_is_an_option(capsys):
+    asked = ["estimate", "mini", "--diffusion", "mini", "-s", "generation", "--device", "cpu"]
+    assert main(asked) == 0 and "diffusion mini" in capsys.readouterr().out
+    assert main([*asked[:3], "no/such-folder", *asked[4:]]) == 2
+    assert "no text configuration" in capsys.readouterr().err

@@ -374,6 +374,12 @@ def process():
     return proc
 
 
+def without_foreign_fonts(site):
+    "Themes ask another host for their fonts; here those of the machine do."
+    for p in site.rglob("*.css"):
+        p.write_text(FOREIGN_STYLE.sub("", p.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def docs():
     "Build the site into `_docs`, offline and without Quarto; a broken link stops it."
     from nbdev.config import get_config
@@ -389,6 +395,7 @@ def docs():
     local_links(site, cfg)
     add_play(site)
     write_llms(site, cfg)
+    without_foreign_fonts(site)
     # formulas look the same on every machine
     shutil.copy(files("ziamath") / "fonts/STIXTwoMath-Regular.ttf", site / "site_libs")
     if bad := broken_links(site):

@@ -52,7 +52,9 @@ def names_page(pages, package):
         if rows:
             lines += [f"## uniemo.{module}", ""]
             for name, said in rows:
-                lines.append(f"- [`{name}`](../{page}#{name.lower()}): {' '.join(said.split())}")
+                # a link of the text starts at its own page
+                said = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(said.split()))
+                lines.append(f"- [`{name}`](../{page}#{name.lower()}): {said}")
             lines.append("")
     return "\n".join(lines)
 

@@ -69,7 +69,10 @@ def test_a_command_writes_it(monkeypatch, tmp_path, capsys):
 def browser(address, tmp_path_factory):
     if find_chromium() is None:
         pytest.skip("there is no Chromium on this machine")
+    pytest.importorskip("websocket")
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        # a busy machine may compute for long before the page answers
+        browser.socket.settimeout(300)
         browser.open(address)
         wait_for(browser, "ready")
         yield browser

@@ -102,7 +102,7 @@ def clean_prediction(
         return prediction
     raise ValueError(f"refine_steps knows epsilon, v_prediction and sample, not {kind!r}")
 
-
+# %% ../../nbs/diffusion/refinement.ipynb #61117dae
 def encoder_pixels(
     # of the decoder, [B, 3, H, W] in [-1, 1]
     pixels: torch.Tensor,
@@ -148,7 +148,7 @@ def step_in_ball(
     away = moved - drawn
     return drawn + away * (radius * length / norms(away).clamp(min=1e-12)).clamp(max=1)
 
-
+# %% ../../nbs/diffusion/refinement.ipynb #4a74c778
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     "Parameters without a gradient for a while: what they would need is not kept in memory."

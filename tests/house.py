@@ -413,6 +413,7 @@ def quarto_docs():
     shutil.move(proc / "_docs", ROOT / "_docs")
     add_play(ROOT / "_docs")
     write_llms(ROOT / "_docs", get_config(path=ROOT))
+    without_foreign_fonts(ROOT / "_docs")
 
 
 class Links(HTMLParser):

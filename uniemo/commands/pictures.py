@@ -30,7 +30,7 @@ from uniemo.commands.terminal import (
     print_table,
     shorten,
 )
-from ..files.provenance import provenance, read_provenance, write_provenance
+from ..files.provenance import provenance, write_provenance
 
 
 # %% ../../nbs/commands/pictures.ipynb #3e211cbf

@@ -65,6 +65,7 @@ def open_diffusion(
         )
 
 
+# %% ../../nbs/diffusion/latents.ipynb #9b1e77c4
 def is_other_family(folder: str | Path) -> bool:
     "Whether a folder or hub id holds a pipeline that is not Stable Diffusion 1.x or 2.x."
     try:

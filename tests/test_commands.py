@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from uniemo.commands.annotation import fit_threshold, wilson_lower
 from uniemo.commands.photos import find_photos
-from uniemo.commands.pictures import read_mixture, read_provenance
+from uniemo.commands.pictures import read_mixture
+from uniemo.files.provenance import read_provenance
 from uniemo.runs.cli import EVERYDAY, application, join_pairs
 
 ROOT = Path(__file__).parent.parent

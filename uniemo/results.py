@@ -162,7 +162,11 @@ class Generated:
             for k, (emotion, seed, index) in told
         ]
 
-    def save(self, folder: str | Path) -> pd.DataFrame:
+    def save(
+        self,
+        folder: str | Path,
+        **about,  # what the files say of all images: model, steps, ...; see `provenance`
+    ) -> pd.DataFrame:
         "PNG files that say how they were made, and `images.csv`; the table, with their `path`."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +180,6 @@ class Generated:
         table.insert(0, "path", self.file_names())
         for row, image in zip(table.to_dict("records"), self.images):
             image.save(folder / row["path"])
-            write_provenance(folder / row["path"], provenance(row))
+            write_provenance(folder / row["path"], provenance(row, **about))
         table.to_csv(path, index=False)
         return table

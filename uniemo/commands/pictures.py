@@ -30,7 +30,6 @@ from uniemo.commands.terminal import (
     print_table,
     shorten,
 )
-from ..files.provenance import provenance, write_provenance
 
 
 # %% ../../nbs/commands/pictures.ipynb #3e211cbf
@@ -69,11 +68,9 @@ def new_folder(
 
 def save_images(generated, folder: Path, **about) -> list[Path]:
     "Images with their provenance and `images.csv`, told on stdout; the files' paths."
-    table = generated.save(folder)
+    table = generated.save(folder, **about)
     rows = table.to_dict("records")
     paths = [folder / row["path"] for row in rows]
-    for path, row in zip(paths, rows):
-        write_provenance(path, provenance(row, **about))
     short = ["emotion", "confidence", "scene", "object"]
     shown = [[shorten(path), *(row[c] for c in short)] for path, row in zip(paths, rows)]
     print_table(shown, ["image", *short])

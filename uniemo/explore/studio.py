@@ -199,12 +199,8 @@ def pack(
     **about,  # what all images share, such as the model and the steps
 ) -> Path:
     "A ZIP file of PNG images with their provenance, and of `images.csv`."
-    from uniemo.files.provenance import provenance, write_provenance
-
     folder = Path(tempfile.mkdtemp(prefix="uniemo-"))
-    rows = generated.save(folder / "images").to_dict("records")
-    for row in rows:
-        write_provenance(folder / "images" / row["path"], provenance(row, **about))
+    generated.save(folder / "images", **about)
     target = folder / "images.zip"
     with zipfile.ZipFile(target, "w") as archive:
         for path in sorted((folder / "images").iterdir()):

@@ -116,16 +116,19 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
 
     def all_words(self, c, s=None, o=None, alpha_scene=None, alpha_object=None) -> list:
         "As `forward`, for every text tower: a list of [B, width] or [B, k, width], None without."
-        words = [self(c, s, o, alpha_scene, alpha_object)]
+        towers = self.all_parts(c, s, o, alpha_scene, alpha_object)
+        return [self.joined(list(parts.values())) if parts else None for parts in towers]
+
+    def all_parts(self, c, s=None, o=None, alpha_scene=None, alpha_object=None) -> list:
+        "As `parts`, for every text tower; {} without."
         features = {"class": c, "scene": s, "object": o}
         alphas = {"class": None, "scene": alpha_scene, "object": alpha_object}
+        towers = [self.parts(c, s, o, alpha_scene, alpha_object)]
         hidden = {k: network[:2](features[k]) for k, network in self.networks().items()}
         for heads in self.more_heads or ():
-            parts = (
-                [self.weighted(heads[k](h), alphas[k]) for k, h in hidden.items()] if heads else []
-            )
-            words.append(self.joined(parts) if parts else None)
-        return words
+            own = hidden if heads else {}
+            towers.append({k: self.weighted(heads[k](h), alphas[k]) for k, h in own.items()})
+        return towers
 
     def joined(self, parts: list) -> torch.Tensor:
         "Summands [B, width] as one word [B, width], or as words of their own [B, k, width]."

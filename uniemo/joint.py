@@ -188,6 +188,10 @@ class JointStage(DenoisingPart, UnderstandingStage):
         features = (out.class_features, out.scene_features, out.object_features)
         return pseudo_words(self.model, self.mapper, self.retriever, *features, emotion)
 
+    def words_of(self, *features: torch.Tensor) -> torch.Tensor:
+        "Pseudo-words of features c, s, o [B, d] and coefficients [B]."
+        return self.mapper(*features)
+
     def prompt_embeds(self, words: torch.Tensor) -> torch.Tensor:
         "What the U-Net reads [B, tokens, d]; in training now and then the empty prompt."
         embeds = encode_prompts(self.text_encoder, self.tokenizer, self.config.prompt, words)
@@ -264,16 +268,10 @@ class PipelineStage(PipelinePart, JointStage):
     "The same against a pipeline of any family: words for each of its text towers."
 
 
-def stage_for(diffusion, config: JointConfig) -> type[JointStage]:
+def stage_for(diffusion) -> type[JointStage]:
     "The kind of stage that trains against a pipeline."
-    if family_of(diffusion) == "Stable Diffusion 1.x and 2.x":
-        return JointStage
-    if config.warm_start:
-        raise ValueError(
-            f"warm_start fits words to the names in one CLIP text encoder: set warm_start=0 for a "
-            f"{type(diffusion).__name__}"
-        )
-    return PipelineStage
+    first = family_of(diffusion) == "Stable Diffusion 1.x and 2.x"
+    return JointStage if first else PipelineStage
 
 
 # %% ../nbs/09_joint.ipynb #b70da91a
@@ -387,7 +385,7 @@ def train_joint(  # noqa: PLR0913 - the one door of stage 2
     retriever = build_retriever(splits, text, config)
     width = encoder.config.backbone_config.hidden_size
     fuse = build_mapper(width, diffusion, **(mapper or {}))
-    kind = stage_for(diffusion, config)
+    kind = stage_for(diffusion)
     # 2. images
     view = encoder_view(encoder)
     read = joint_data(splits, config, view, diffusion, folder)

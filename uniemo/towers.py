@@ -6,6 +6,7 @@
 __all__ = [
     "FAMILIES",
     "family_of",
+    "family_named",
     "TextTower",
     "is_embedding",
     "text_towers",
@@ -57,12 +58,14 @@ FAMILIES = {
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
         "StableDiffusion3ControlNetPipeline",
+        "StableDiffusion3ControlNetInpaintingPipeline",
     ),
     "FLUX.1": (
         "FluxPipeline",
         "FluxImg2ImgPipeline",
         "FluxInpaintPipeline",
         "FluxControlNetPipeline",
+        "FluxControlNetInpaintPipeline",
     ),
     "PixArt-Sigma": ("PixArtSigmaPipeline",),
     "Sana": ("SanaPipeline", "SanaControlNetPipeline", "SanaSprintPipeline"),
@@ -73,12 +76,19 @@ FAMILIES = {
 # %% ../nbs/diffusion/towers.ipynb #1e10dcb3
 def family_of(pipe: DiffusionPipeline) -> str:
     "The family of a pipeline, by its class; a `ValueError` names those that are supported."
-    classes = {kind.__name__ for kind in type(pipe).__mro__}
+    return family_named([kind.__name__ for kind in type(pipe).__mro__])
+
+
+def family_named(
+    # names of a pipeline's class and of those that it is made from
+    classes: list[str],
+) -> str:
+    "The family of a class of pipelines."
     for family, names in FAMILIES.items():
-        if classes & set(names):
+        if set(classes) & set(names):
             return family
     raise ValueError(
-        f"words cannot be put into a {type(pipe).__name__}: supported are pipelines of "
+        f"words cannot be put into a {classes[0]}: supported are pipelines of "
         f"{', '.join(FAMILIES)}, the classes in uniemo.towers.FAMILIES and those made from them"
     )
 

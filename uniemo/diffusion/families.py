@@ -9,6 +9,7 @@ __all__ = [
     "CallMemory",
     "call_key",
     "checkpointed_layers",
+    "with_tokens",
     "PipelinePart",
     "build_mapper",
     "add_lora",
@@ -91,6 +92,15 @@ def checkpointed_layers(encoder: nn.Module) -> list[nn.Module]:
 
 
 # %% ../../nbs/diffusion/families.ipynb #a297f533
+def with_tokens(
+    # of each tower, [B, d] or [B, k, d]; None: the tower reads no word
+    words: list,
+) -> list:
+    "Words [B, k, d] of each tower."
+    return [w[:, None] if w is not None and w.ndim == 2 else w for w in words]
+
+
+# %% ../../nbs/diffusion/families.ipynb #c9d08f1e
 class PipelinePart(DenoisingPart):
     "What a stage has of a pipeline of any family. Mixed into a `JointStage`."
 
@@ -117,6 +127,17 @@ class PipelinePart(DenoisingPart):
         self.towers = text_towers(pipe)
         encoders = [tower.encoder.requires_grad_(False) for tower in self.towers]
         self.text_encoders = nn.ModuleList(encoders)
+
+    def word_readers(self):
+        pairs = zip(self.towers, self.mapper.token_sizes)
+        return [(tower.encoder, tower.original_tokenizer) for tower, size in pairs if size]
+
+    def read_prompts(self, prompts, words=None):
+        "The condition of prompts, with words in their places or without any."
+        with ExitStack() as stack:
+            if words is not None:
+                stack.enter_context(self.reading(words))
+            return self.denoiser.encode(prompts, compute_device(self.unet))
 
     def word_width(self) -> int:
         "Of all towers' words, side by side."
@@ -161,7 +182,10 @@ class PipelinePart(DenoisingPart):
         "Words for every tower, [B, k, d] or None, and the retrieved."
         features = (out.class_features, out.scene_features, out.object_features)
         words, found = tower_words(self.model, self.mapper, self.retriever, *features, emotion)
-        return [w[:, None] if w is not None and w.ndim == 2 else w for w in words], found
+        return with_tokens(words), found
+
+    def words_of(self, *features):
+        return with_tokens(self.mapper.all_words(*features))
 
     def joined(self, words: list) -> torch.Tensor:
         "All towers' words side by side [B, k, width]."

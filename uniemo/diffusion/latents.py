@@ -6,8 +6,12 @@
 __all__ = [
     "PIECE",
     "open_diffusion",
+    "folder_of",
+    "read_index",
     "is_other_family",
+    "read_configs",
     "image_side",
+    "check_diffusion",
     "vae_pixels",
     "scaled_latents",
     "both_latents",
@@ -23,8 +27,10 @@ __all__ = [
 import hashlib
 import json
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +48,7 @@ from ..data.shares import draw_rows, process_place, wait_for_all
 from ..files.disk import write_file
 from ..files.shipped import shipped_folder
 from ..files.weights import quiet
-from ..towers import FAMILIES
+from ..towers import FAMILIES, family_named
 
 
 # %% ../../nbs/diffusion/latents.ipynb #86809c44
@@ -52,7 +58,7 @@ def open_diffusion(
     "A pipeline in float32; of Stable Diffusion, without the parts that training does not need."
     if not isinstance(name, str | Path):
         return name
-    folder = shipped_folder("diffusion") if name == "mini" else name
+    folder = folder_of(name)
     with quiet():
         if is_other_family(folder):
             return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
@@ -66,37 +72,83 @@ def open_diffusion(
 
 
 # %% ../../nbs/diffusion/latents.ipynb #9b1e77c4
+def folder_of(diffusion: str | Path) -> str | Path:
+    "The folder or hub id that a name stands for."
+    return shipped_folder("diffusion") if diffusion == "mini" else diffusion
+
+
+def read_index(diffusion: str | Path) -> dict:
+    "What a pipeline says of its parts; {} where it says nothing."
+    try:
+        return dict(DiffusionPipeline.load_config(folder_of(diffusion)))
+    except (OSError, ValueError):
+        # whoever reads it next says what is wrong
+        return {}
+
+
 def is_other_family(folder: str | Path) -> bool:
     "Whether a folder or hub id holds a pipeline that is not Stable Diffusion 1.x or 2.x."
+    own = FAMILIES["Stable Diffusion 1.x and 2.x"]
+    return read_index(folder).get("_class_name", own[0]) not in own
+
+
+# %% ../../nbs/diffusion/latents.ipynb #736a9a2c
+def read_configs(diffusion: str | Path) -> tuple[dict, dict]:
+    "Settings of a model's denoiser and of its autoencoder, from a folder or the hub."
+    folder = folder_of(diffusion)
+    part = "transformer" if "transformer" in read_index(diffusion) else "unet"
     try:
-        name = DiffusionPipeline.load_config(folder)["_class_name"]
-    except (OSError, ValueError, KeyError):
-        # whoever reads it next says what is wrong
-        return False
-    return name not in FAMILIES["Stable Diffusion 1.x and 2.x"]
+        denoiser = UNet2DConditionModel.load_config(folder, subfolder=part)
+        vae = AutoencoderKL.load_config(folder, subfolder="vae")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"diffusion: {str(diffusion)!r} is no diffusion pipeline that can be read; "
+            f"give 'mini', a folder with {part} and vae, or a hub id ({error})"
+        ) from None
+    return denoiser, vae
 
 
 def image_side(
     diffusion,  # "mini", a folder, a hub id (only its configuration is read), or a pipeline
 ) -> int:
     "Side in pixels of what a diffusion model paints."
-    if hasattr(diffusion, "transformer"):
-        # FLUX and Z-Image do not say
-        side = getattr(diffusion.transformer.config, "sample_size", None) or 128
-        return side * diffusion.vae_scale_factor
-    if not isinstance(diffusion, str | Path):
-        unet, vae = diffusion.unet.config, diffusion.vae.config
+    if isinstance(diffusion, str | Path):
+        denoiser, vae = read_configs(diffusion)
     else:
-        folder = shipped_folder("diffusion") if diffusion == "mini" else diffusion
-        try:
-            unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
-            vae = AutoencoderKL.load_config(folder, subfolder="vae")
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"diffusion: {str(diffusion)!r} is no Stable Diffusion pipeline that can be read; "
-                f"give 'mini', a folder with unet and vae, or a hub id ({error})"
-            ) from None
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        part = diffusion.transformer if hasattr(diffusion, "transformer") else diffusion.unet
+        denoiser, vae = part.config, diffusion.vae.config
+    # Sana's autoencoder calls them otherwise
+    levels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    # FLUX and Z-Image do not say
+    return (denoiser.get("sample_size") or 128) * 2 ** (len(levels) - 1)
+
+
+# %% ../../nbs/diffusion/latents.ipynb #10297ace
+def check_diffusion(
+    diffusion,  # as for `open_diffusion`; of a name only its configuration is read
+    lora: bool = False,  # whether a LoRA shall be trained as well, and kept
+) -> str:
+    "The family of a diffusion model; one that cannot be trained against is refused by name."
+    kind, denoiser = type(diffusion), {}
+    if isinstance(diffusion, str | Path):
+        name = read_index(diffusion).get("_class_name", "StableDiffusionPipeline")
+        denoiser, _ = read_configs(diffusion)
+        kind = getattr(diffusers, name) if name in dir(diffusers) else type(name, (), {})
+    family = family_named([each.__name__ for each in kind.__mro__])
+    channels, out = denoiser.get("in_channels"), denoiser.get("out_channels")
+    if channels and out and channels > 2 * out:
+        raise ValueError(
+            f"{diffusion} is a {kind.__name__} that paints into a given image: its denoiser reads "
+            f"{channels} channels and says {out}. Train with the text-to-image model of its family"
+        )
+    if lora and find_spec("peft") is None:
+        raise ImportError("lora_rank needs peft: pip install 'uniemo[lora]'")
+    if lora and not hasattr(kind, "save_lora_weights"):
+        raise ValueError(
+            f"lora_rank: diffusers has no file of LoRA weights for a {kind.__name__}, so what "
+            "would be trained could not be kept; set lora_rank=0"
+        )
+    return family
 
 
 # %% ../../nbs/diffusion/latents.ipynb #5446c0c1

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from diffusers import DDPMScheduler
 
+from ..conditioning import encode_prompts
 from ..data.shares import draw_rows
 from .latents import scaled_latents
 from ..files.weights import quiet
@@ -48,6 +49,14 @@ class DenoisingPart:
     def word_width(self) -> int:
         "Of the text encoder's token embedding."
         return self.text_encoder.get_input_embeddings().embedding_dim
+
+    def word_readers(self) -> list[tuple]:
+        "(text encoder, tokenizer) of each text tower that reads words."
+        return [(self.text_encoder, self.tokenizer)]
+
+    def read_prompts(self, prompts: list[str], words: torch.Tensor | None = None):
+        "What the U-Net reads of prompts, with words in their places or without any."
+        return encode_prompts(self.text_encoder, self.tokenizer, prompts, words)
 
     def joined(self, words: torch.Tensor) -> torch.Tensor:
         "What the emotion head reads: the words."

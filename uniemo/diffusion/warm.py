@@ -10,11 +10,15 @@ __all__ = [
     "AnnotatedFeatures",
     "read_features",
     "name_targets",
+    "row_name",
     "captions_of",
     "NamesStage",
+    "readings",
+    "reading_distance",
     "CaptionsStage",
     "standardise",
     "descend",
+    "even_weights",
     "resting",
     "warm_start",
 ]
@@ -26,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..conditioning import caption, encode_prompts, max_tokens
+from ..conditioning import caption, max_tokens
 from ..data.names import normalize_name
 from ..data.shares import join_parts, shared_work
 from ..train.batches import MadeData
@@ -105,27 +109,37 @@ def read_features(stage, batches, names: dict, device) -> AnnotatedFeatures:
 
 
 # %% ../../nbs/diffusion/warm.ipynb #cfb29eba
-def name_targets(stage, found: AnnotatedFeatures, names: dict) -> dict:  # kind -> [n, d_token]
+def name_targets(
+    text_encoder, tokenizer, found: AnnotatedFeatures, names: dict
+) -> dict:  # kind -> [n, d_token]
     "Mean embedding of each image's own names of a kind; 0 where it has none."
     targets = {}
     if "scene" in names:
-        table = name_embeddings(stage.text_encoder, stage.tokenizer, names["scene"])
+        table = name_embeddings(text_encoder, tokenizer, names["scene"])
         known = (found.scene >= 0)[:, None]
         targets["scene"] = table[found.scene.clamp(min=0)] * known
     if "object" in names:
-        table = name_embeddings(stage.text_encoder, stage.tokenizer, names["object"])
+        table = name_embeddings(text_encoder, tokenizer, names["object"])
         count = found.objects.sum(1, keepdim=True).clamp(min=1)
         targets["object"] = found.objects.float() @ table / count
     return targets
 
 
+def row_name(kind: str, number: int) -> str:
+    "What targets of a kind are called for tower 0, 1, ... that reads words: object, object_2."
+    return f"{kind}_{number + 1}" if number else kind
+
+
 def captions_of(stage, found: AnnotatedFeatures, names: dict) -> list[str]:
     "A caption for each image, of its own names."
+    # the tower that reads least
+    readers = stage.word_readers()
+    text_encoder, tokenizer = min(readers, key=lambda reader: max_tokens(*reader))
     texts = []
     for scene, objects in zip(found.scene.tolist(), found.objects.cpu()):
         place = names["scene"][scene] if scene >= 0 else None
         things = [names["object"][k] for k in objects.nonzero().flatten().tolist()]
-        texts.append(fitting_caption(stage.text_encoder, stage.tokenizer, place, things))
+        texts.append(fitting_caption(text_encoder, tokenizer, place, things))
     return texts
 
 
@@ -133,23 +147,33 @@ def captions_of(stage, found: AnnotatedFeatures, names: dict) -> list[str]:
 class NamesStage(Stage):
     "Fits a mapper to token embeddings of names, part by part where its words are separate."
 
-    def __init__(self, mapper, rate: float, separate: bool = False):
+    def __init__(self, mapper, rate: float, separate: bool = False, weights: tuple = (1.0,)):
         super().__init__()
         self.mapper, self.rate, self.separate = mapper, rate, separate
+        # of the text towers that read words
+        self.weights = weights
 
     def parameter_groups(self):
         named = {n: p for n, p in self.mapper.named_parameters() if p.requires_grad}
         return dict(mapper=(named, self.rate, 0.0))
 
     def loss(self, batch, counts=None):
-        parts = self.mapper.parts(*(batch[k] for k in INPUTS))
-        targets = {k: batch[k] for k in ("scene", "object") if k in batch}
+        towers = filter(None, self.mapper.all_parts(*(batch[k] for k in INPUTS)))
+        distances = []
+        for number, parts in enumerate(towers):
+            rows = {k: row_name(k, number) for k in ("scene", "object")}
+            targets = {k: batch[row] for k, row in rows.items() if row in batch}
+            distances.append(self.distance(parts, targets))
+        return self.note(sum(w * d for w, d in zip(self.weights, distances, strict=True)))
+
+    def distance(self, parts: dict, targets: dict) -> torch.Tensor:
+        "Mean squared distance of one tower's words from the names."
         if not self.separate:
             error = sum(parts.values()) - sum(targets.values())
-            return self.note(error.square().sum(1).mean())
+            return error.square().sum(1).mean()
         # the class has no name: its word is left to the captions
         errors = [(parts[k] - v).square().sum(1) * v.any(1) for k, v in targets.items()]
-        return self.note(sum(error.mean() for error in errors))
+        return sum(error.mean() for error in errors)
 
     def note(self, loss):
         "Remember the loss of the last step."
@@ -161,27 +185,61 @@ INPUTS = ("c", "s", "o", "alpha_scene", "alpha_object")
 
 
 # %% ../../nbs/diffusion/warm.ipynb #c5b3996c
+def readings(condition) -> list[torch.Tensor]:
+    "Of what a denoiser reads, tensors [B, ..., d]; where lengths differ, the mean over tokens."
+    if torch.is_tensor(condition):
+        return [condition]
+    mask = condition.get("encoder_attention_mask")
+    found = []
+    for value in condition.values():
+        if isinstance(value, list):
+            value = torch.stack([tokens.mean(0) for tokens in value])
+        if value is mask:
+            continue
+        if mask is not None and value.ndim == 3:
+            shares = mask / mask.sum(1, keepdim=True)
+            value = (value * shares[..., None]).sum(1)
+        found.append(value)
+    return found
+
+
+def reading_distance(condition, wanted) -> torch.Tensor:
+    "Mean squared distance of two conditions; of several tensors, each by its own size."
+    pairs = list(zip(readings(condition), readings(wanted), strict=True))
+    errors = [(found - right).square().sum(-1).mean() for found, right in pairs]
+    if len(pairs) == 1:
+        return errors[0]
+    sizes = [right.square().sum(-1).mean() for _, right in pairs]
+    return sum(error / size for error, size in zip(errors, sizes))
+
+
+# %% ../../nbs/diffusion/warm.ipynb #be476694
 class CaptionsStage(NamesStage):
     "Fits a mapper so that the prompt with its word reads like the image's caption."
 
     def __init__(self, mapper, rate: float, stage, captions: list):
         super().__init__(mapper, rate)
-        self.text_encoder, self.tokenizer = stage.text_encoder, stage.tokenizer
+        # not the stage itself, whose networks are none of this one's
+        self.read, self.words_of = stage.read_prompts, stage.words_of
         self.prompt, self.captions = stage.config.prompt, captions
 
     def loss(self, batch, counts=None):
         texts = [self.captions[k] for k in batch["row"].tolist()]
         with torch.no_grad():
-            wanted = encode_prompts(self.text_encoder, self.tokenizer, texts)
-        words = self.mapper(*(batch[k] for k in INPUTS))
-        states = encode_prompts(self.text_encoder, self.tokenizer, self.prompt, words)
-        return self.note((states - wanted).square().sum(-1).mean())
+            wanted = self.read(texts)
+        words = self.words_of(*(batch[k] for k in INPUTS))
+        found = self.read([self.prompt] * len(texts), words)
+        return self.note(reading_distance(found, wanted))
 
 
-# %% ../../nbs/diffusion/warm.ipynb #414e065a
+# %% ../../nbs/diffusion/warm.ipynb #5fb3417d
 @torch.no_grad()
-def standardise(mapper, found: AnnotatedFeatures, spread: torch.Tensor):
-    "Let first layers read standardised features, and outputs spread like the targets."
+def standardise(mapper, found: AnnotatedFeatures, spreads: list[torch.Tensor]):
+    "Let first layers read standardised features, and each tower's outputs spread like its targets."
+    spread, *more = spreads
+    for heads, own in zip(filter(None, mapper.more_heads or ()), more, strict=True):
+        for p in heads.parameters():
+            p *= own
     networks = (mapper.mapper, mapper.mapper_scene, mapper.mapper_object)
     for network, features in zip(networks, found.inputs):
         if network is None:
@@ -216,6 +274,15 @@ def descend(
     data = MadeData(lambda start, stop: {k: v[draws[start:stop]] for k, v in rows.items()})
     Trainer(stage, config, data, progress=False).fit()
     return float(stage.last)
+
+
+# %% ../../nbs/diffusion/warm.ipynb #e0505edd
+def even_weights(
+    towers: list[dict],  # targets of each, kind -> [n, d]
+) -> tuple[float, ...]:
+    "What makes every tower count like the first, however long its embeddings are."
+    sizes = [sum(own.values()).square().sum(1).mean().clamp(min=1e-12) for own in towers]
+    return tuple(float(sizes[0] / size) for size in sizes)
 
 
 # %% ../../nbs/diffusion/warm.ipynb #4fb33390
@@ -259,13 +326,14 @@ def warm_start(
             "no image has a scene or object name, so there is nothing to start from: "
             "set warm_start=0"
         )
-    targets = name_targets(stage, found, names)
+    towers = [name_targets(*reader, found, names) for reader in stage.word_readers()]
     captions = captions_of(stage, found, names)
     separate = mapper.config.separate and any(
-        getattr(mapper, f"mapper_{kind}") is not None for kind in targets
+        getattr(mapper, f"mapper_{kind}") is not None for kind in towers[0]
     )
     # three summands of unit variance become one of the target's
-    standardise(mapper, found, sum(targets.values()).std() / (1 if separate else 3))
+    summands = 1 if separate else 3
+    standardise(mapper, found, [sum(own.values()).std() / summands for own in towers])
     # 3. both trainings, by one row of draws
     generator = torch.Generator().manual_seed(seed)
     count = (steps + steps // 2) * batch_size
@@ -274,9 +342,12 @@ def warm_start(
     rows = dict(zip(INPUTS, found.inputs), row=torch.arange(len(found), device=device))
     how = dict(batch_size=batch_size, cpu=stage.config.cpu)
     # where words are separate, those without a name are left to the captions
-    parts = dict(scene=mapper.mapper_scene, object=mapper.mapper_object)
-    unnamed = [mapper.mapper, *(parts[k] for k in parts if k not in targets)]
+    rest = {"class", "scene", "object"} - set(towers[0])
+    unnamed = [network for k, network in mapper.networks().items() if k in rest]
+    unnamed += [heads[k] for heads in mapper.more_heads or () if heads for k in heads if k in rest]
+    targets = {row_name(k, i): t for i, own in enumerate(towers) for k, t in own.items()}
     with resting(*(unnamed if separate else ())):
-        to_names = descend(NamesStage(mapper, lr, separate), rows | targets, first, **how)
+        names_stage = NamesStage(mapper, lr, separate, even_weights(towers))
+        to_names = descend(names_stage, rows | targets, first, **how)
     captions = CaptionsStage(mapper, lr / 2, stage, captions)
     return to_names, descend(captions, rows, second, **how)

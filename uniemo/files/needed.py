@@ -7,9 +7,11 @@ __all__ = [
     "TOKENIZER",
     "CLIP_FILES",
     "DIFFUSION_FILES",
+    "WEIGHTED",
     "EMOSET_FILES",
     "ENCODER_FILES",
     "local_folder",
+    "diffusion_files",
     "opens",
     "look_for",
     "refuse_missing",
@@ -22,6 +24,7 @@ import pandas as pd
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from .disk import read_json
 from .shipped import shipped_folder
 
 # %% ../../nbs/files/needed.ipynb #6519eedd
@@ -34,6 +37,8 @@ DIFFUSION_FILES = (
     *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")),
     *(f"{part}/*.safetensors|{part}/*.bin" for part in ("unet", "vae", "text_encoder")),
 )
+# parts of other families' pipelines that hold weights
+WEIGHTED = ("unet", "transformer", "vae", "text_encoder")
 EMOSET_FILES = ("info.json", "train.json", "val.json", "test.json", "image/*", "annotation/*")
 ENCODER_FILES = ("config.json", "model.safetensors")
 
@@ -52,6 +57,27 @@ def local_folder(
         return Path(snapshot_download(str(name), local_files_only=True))
     except (OSError, ValueError):
         return None
+
+
+# %% ../../nbs/files/needed.ipynb #77e3ff93
+def diffusion_files(
+    folder: Path | None,  # of a diffusion pipeline; None: nowhere
+) -> tuple[str, ...]:
+    "The files that the pipeline in a folder is made of, by its index; of Stable Diffusion without."
+    index = folder / "model_index.json" if folder else None
+    if index is None or not index.exists():
+        return DIFFUSION_FILES
+    parts = [
+        name for name, entry in read_json(index).items() if isinstance(entry, list) and entry[0]
+    ]
+    weighted = [name for name in parts if name.startswith(WEIGHTED)]
+    readers = [name for name in parts if name.startswith("tokenizer")]
+    return (
+        *DIFFUSION_FILES[:2],
+        *(TOKENIZER.format(f"{name}/") for name in readers),
+        *(f"{name}/config.json" for name in weighted),
+        *(f"{name}/*.safetensors|{name}/*.bin" for name in weighted),
+    )
 
 
 # %% ../../nbs/files/needed.ipynb #08f16bca

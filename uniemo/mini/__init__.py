@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         vae_scores,
     )
     from .clip import (
+        CAPTION_WORDS,
         ClipStage,
         SPARE_ROWS,
         build_clip,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         text_embeds,
         text_encoder_of,
         to_pixels,
+        world_read_by,
     )
     from .diffusion import (
         DiffusionStage,
@@ -127,7 +129,7 @@ if TYPE_CHECKING:
         sprites,
         twin,
     )
-    from .pretraining import PartOfRun, SampleSheets, name_rates, patch_names
+    from .pretraining import PartOfRun, SampleSheets, WeakerClips, name_rates, patch_names
     from .probes import expert_movement, plot_movement, twin_images
     from .regimes import (
         COLUMNS,
@@ -176,7 +178,7 @@ if TYPE_CHECKING:
     )
     from .standins import ENTRIES, LENGTH, SIZES, write_large_index, write_random_models
     from .story import Source, first_of_each, open_photographs, plot_story, read_choice, summarize
-    from .tokens import PLACEHOLDER, POSITIONS, build_tokenizer, tokenize
+    from .tokens import PLACEHOLDER, build_tokenizer, tokenize
     from .truth import (
         ImageSpec,
         OBJECTS,
@@ -203,6 +205,7 @@ if TYPE_CHECKING:
         make_variant,
         over_seeds,
     )
+    from .worlds import FIRST_WORLD, WORLDS, World, world_of
     from .writing import label_file, read_specs, write_emoset
 
 _rooms = {
@@ -231,6 +234,7 @@ _rooms = {
         "vae_scores",
     ],
     "clip": [
+        "CAPTION_WORDS",
         "ClipStage",
         "SPARE_ROWS",
         "build_clip",
@@ -250,6 +254,7 @@ _rooms = {
         "text_embeds",
         "text_encoder_of",
         "to_pixels",
+        "world_read_by",
     ],
     "diffusion": [
         "DiffusionStage",
@@ -327,7 +332,7 @@ _rooms = {
         "sprites",
         "twin",
     ],
-    "pretraining": ["PartOfRun", "SampleSheets", "name_rates", "patch_names"],
+    "pretraining": ["PartOfRun", "SampleSheets", "WeakerClips", "name_rates", "patch_names"],
     "probes": ["expert_movement", "plot_movement", "twin_images"],
     "regimes": [
         "COLUMNS",
@@ -383,7 +388,7 @@ _rooms = {
         "read_choice",
         "summarize",
     ],
-    "tokens": ["PLACEHOLDER", "POSITIONS", "build_tokenizer", "tokenize"],
+    "tokens": ["PLACEHOLDER", "build_tokenizer", "tokenize"],
     "truth": [
         "ImageSpec",
         "OBJECTS",
@@ -410,6 +415,7 @@ _rooms = {
         "make_variant",
         "over_seeds",
     ],
+    "worlds": ["FIRST_WORLD", "WORLDS", "World", "world_of"],
     "writing": ["label_file", "read_specs", "write_emoset"],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = [
     "SPARE_ROWS",
+    "CAPTION_WORDS",
     "build_clip",
+    "world_read_by",
     "to_pixels",
     "text_embeds",
     "image_embeds",
@@ -38,8 +40,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from ..conditioning import caption
 from ..files.shipped import shipped_folder
 from ..files.weights import load_pretrained, quiet
-from .tokens import POSITIONS, tokenize
-from .truth import OBJECT_NAMES, SCENE_NAMES, TEMPLATES
+from .tokens import tokenize
+from .truth import TEMPLATES
+from .worlds import FIRST_WORLD, WORLDS, World, world_of
 from ..train.config import TrainConfig
 from ..train.trainer import Stage
 
@@ -47,20 +50,30 @@ from ..train.trainer import Stage
 SPARE_ROWS = 16  # of the token embedding, kept free for placeholders
 
 
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+def build_clip(
+    tokenizer: CLIPTokenizer,
+    world: World = FIRST_WORLD,  # whose names it will know; its version stands in the configuration
+) -> CLIPModel:
     "An untrained mini CLIP: 64 px, patches of 8, width 128; joint space of 128."
     shape = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2)
     text = dict(
         shape,
         num_hidden_layers=3,
         vocab_size=len(tokenizer) + SPARE_ROWS,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = dict(shape, num_hidden_layers=6, image_size=64, patch_size=8)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
+    config.world = world.version
+    return CLIPModel(config)
+
+
+def world_read_by(clip: CLIPModel) -> World:
+    "The painted world whose names a mini CLIP knows."
+    return world_of(getattr(clip.config, "world", FIRST_WORLD))
 
 
 # %% ../../nbs/mini/clip.ipynb #b8504d98
@@ -90,10 +103,11 @@ def image_embeds(clip: CLIPModel, pixel_values: torch.Tensor) -> tuple:
 # %% ../../nbs/mini/clip.ipynb #d331cb26
 @torch.no_grad()
 def name_embeds(clip: CLIPModel, tokenizer: CLIPTokenizer) -> tuple:
-    "Unit text embeddings of all scene names [16, D] and of all object names [24, D]."
-    texts = [TEMPLATES[0].format(name) for name in SCENE_NAMES + OBJECT_NAMES]
+    "Unit text embeddings of all scene names [S, D] and of all object names [O, D]."
+    kinds = world_read_by(clip).words.values()
+    texts = [TEMPLATES[0].format(name) for names in kinds for name in names]
     ids = tokenize(tokenizer, texts).to(clip.device)
-    return text_embeds(clip, ids).split([len(SCENE_NAMES), len(OBJECT_NAMES)])
+    return text_embeds(clip, ids).split([len(names) for names in kinds])
 
 
 @torch.no_grad()
@@ -115,7 +129,7 @@ def retrieve_names(
 # %% ../../nbs/mini/clip.ipynb #204f7bd7
 def naming_scores(
     found: tuple,  # scene and object indices [n], as `retrieve_names` gives them
-    data: dict,  # `scene` [n], `objects` bool [n, 24]: the truth
+    data: dict,  # `scene` [n], `objects` bool [n, O]: the truth
 ) -> dict[str, float]:
     "Share of images whose scene, whose only object, and any of whose objects is found."
     scene, objects = (np.asarray(data[kind]) for kind in ("scene", "objects"))
@@ -144,17 +158,22 @@ def load_clip(
 
 
 # %% ../../nbs/mini/clip.ipynb #e47eaeb1
+# of the largest world: the objects of the others are the first of it
+CAPTION_WORDS = max((world.words for world in WORLDS.values()), key=lambda w: len(w["object"]))
+
+
 def captions_of(
     scene: Sequence,  # indices [B]
-    objects: Sequence,  # multi-hot [B, 24]
+    objects: Sequence,  # multi-hot [B, O], of whichever world
     rng: np.random.Generator | None = None,  # draws a template for each; None: the first
 ) -> list[str]:
     "The captions of images, from the names in them."
+    scenes, things = CAPTION_WORDS.values()
     texts = []
     for s, row in zip(scene, np.asarray(objects)):
         template = TEMPLATES[0 if rng is None else rng.integers(len(TEMPLATES))]
-        names = [OBJECT_NAMES[k] for k in np.flatnonzero(row)]
-        texts.append(caption(SCENE_NAMES[int(s)], names, template))
+        names = [things[k] for k in np.flatnonzero(row)]
+        texts.append(caption(scenes[int(s)], names, template))
     return texts
 
 
@@ -179,7 +198,7 @@ def shift_patches(
 def caption_contrast(
     similarity: torch.Tensor,  # of images with captions [B, B], scaled
     scene: torch.Tensor,  # [B]
-    objects: torch.Tensor,  # [B, 24]
+    objects: torch.Tensor,  # [B, O]
 ) -> torch.Tensor:
     "Cross-entropy both ways; images with equal captions share the target."
     equal_objects = (objects[:, None] == objects[None]).all(-1)
@@ -202,14 +221,16 @@ def clip_loss(
     pixels = pixels + 0.03 * torch.randn_like(pixels)
     # 1. texts: every name in one template, and the captions of some images
     template = TEMPLATES[rng.integers(len(TEMPLATES))]
-    names = [template.format(name) for name in SCENE_NAMES + OBJECT_NAMES]
+    kinds = world_read_by(clip).words.values()
+    names = [template.format(name) for words in kinds for name in words]
     captions = captions_of(scene[:64], objects[:64].cpu(), rng)
     ids = tokenize(tokenizer, names + captions).to(pixels.device)
     names, captions = text_embeds(clip, ids).split([len(names), len(captions)])
     # 2. images and patches, compared with them
     whole, dense = image_embeds(clip, pixels)
     scale = clip.logit_scale.exp().clamp(max=100)
-    to_scenes, to_objects = (scale * whole @ names.T).split([len(SCENE_NAMES), 24], dim=1)
+    counts = [len(words) for words in kinds]
+    to_scenes, to_objects = (scale * whole @ names.T).split(counts, dim=1)
     to_captions = scale * whole[:64] @ captions.T
     parts = dict(
         scene=F.cross_entropy(to_scenes, scene),

@@ -42,9 +42,16 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ..files.shipped import shipped_folder
 from ..files.weights import quiet
-from .clip import captions_of, naming_scores, retrieve_names, step_rng, text_encoder_of
+from uniemo.mini.clip import (
+    captions_of,
+    naming_scores,
+    retrieve_names,
+    step_rng,
+    text_encoder_of,
+    world_read_by,
+)
 from .tokens import tokenize
-from .truth import OBJECTS, SCENES
+from .worlds import FIRST_WORLD, World
 from ..train.trainer import Stage
 
 
@@ -154,11 +161,13 @@ def to_images(pixels: torch.Tensor) -> list[np.ndarray]:
 def balanced_prompts(
     num: int,
     seed: int = 0,
+    world: World = FIRST_WORLD,  # whose names are asked for
 ) -> tuple:  # prompts, scene indices, object indices
     "Prompts 'a photo of a {object} in a {scene}', names as evenly spread as can be."
-    pairs = np.random.default_rng(seed).permutation(len(SCENES) * len(OBJECTS))
-    scene, found = np.resize(pairs, num) % len(SCENES), np.resize(pairs, num) // len(SCENES)
-    return captions_of(scene, np.eye(len(OBJECTS), dtype=bool)[found]), scene, found
+    scenes, things = (len(names) for names in world.names.values())
+    pairs = np.random.default_rng(seed).permutation(scenes * things)
+    scene, found = np.resize(pairs, num) % scenes, np.resize(pairs, num) // scenes
+    return captions_of(scene, np.eye(things, dtype=bool)[found]), scene, found
 
 
 # %% ../../nbs/mini/diffusion.ipynb #9c1bcdb0
@@ -169,7 +178,7 @@ def diffusion_scores(
     **sampling,  # to `sample`
 ) -> tuple:
     "Shares of samples with the scene, and the object, of the prompt; samples; prompts."
-    prompts, scene, named = balanced_prompts(num)
+    prompts, scene, named = balanced_prompts(num, world=world_read_by(clip))
     images = sample(pipe, prompts, **sampling)
     found = retrieve_names(clip, pipe.tokenizer, images)
     shares = dict(scene=float((found[0] == scene).mean()), object=float((found[1] == named).mean()))
@@ -180,10 +189,14 @@ def diffusion_scores(
 class PatchReadout(nn.Module):
     "Names of the 8 x 8 patches from the U-Net's middle block. Used in training only."
 
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        num_names: int,  # scenes and objects
+    ):
         super().__init__()
         width = unet.config.block_out_channels[-1]
-        self.head = nn.Conv2d(width, len(SCENES) + len(OBJECTS), 1)
+        self.head = nn.Conv2d(width, num_names, 1)
         self.features = None
         unet.mid_block.register_forward_hook(self._keep)
 
@@ -191,7 +204,7 @@ class PatchReadout(nn.Module):
         self.features = out
 
     def forward(self) -> torch.Tensor:
-        "Logits [B, 40, 8, 8] of the last forward pass of the U-Net."
+        "Logits [B, names, 8, 8] of the last forward pass of the U-Net."
         features, self.features = self.features, None
         return self.head(features)
 
@@ -233,7 +246,10 @@ class DiffusionStage(Stage):
         guidance_scale: float = 4.0,  # of the samples
     ):
         super().__init__()
-        self.unet, self.readout = unet, PatchReadout(unet)
+        world = world_read_by(clip)
+        self.num_objects = len(world.objects)
+        num_names = sum(map(len, world.names.values()))
+        self.unet, self.readout = unet, PatchReadout(unet, num_names)
         self.vae, self.clip = vae.requires_grad_(False), clip.requires_grad_(False)
         self.text_encoder, self.tokenizer = text_encoder_of(clip), tokenizer
         self.scheduler = DDIMScheduler(**SCHEDULE)
@@ -266,7 +282,7 @@ class DiffusionStage(Stage):
 
     def predict(self, batch):
         "The names that CLIP finds in samples, beside those that were asked for."
-        objects = F.one_hot(batch["object"], len(OBJECTS)).bool()
+        objects = F.one_hot(batch["object"], self.num_objects).bool()
         prompts = captions_of(batch["scene"].cpu(), objects.cpu())
         how = dict(guidance_scale=self.guidance_scale, seed=int(batch["seed"][0]))
         images = sample(self.pipeline(), prompts, **how)
@@ -284,15 +300,16 @@ class DiffusionStage(Stage):
 # %% ../../nbs/mini/diffusion.ipynb #29d7d0ef
 def samples_to_paint(
     num: int,
+    world: World = FIRST_WORLD,  # whose names are asked for
 ) -> dict[str, np.ndarray]:
     "What a `DiffusionStage` is validated on: `scene`, `object` and `seed` of balanced prompts."
-    _, scene, named = balanced_prompts(num, 1)
+    _, scene, named = balanced_prompts(num, 1, world)
     return dict(scene=scene, object=named, seed=1000 + np.arange(num))
 
 
 # %% ../../nbs/mini/diffusion.ipynb #fe1b1996
 def draw_weights(
-    objects: np.ndarray,  # multi-hot [n, 24]
+    objects: np.ndarray,  # multi-hot [n, O]
 ) -> np.ndarray:
     "How often each image is drawn: one object is what a caption usually asks for."
     alone = objects.sum(1) == 1

@@ -12,8 +12,8 @@ import torch
 from ..data.splits import EmotionSplits
 from ..data.transforms import NetworkView
 from ..emotions import MIKELS
-from .painting import paint
-from .truth import OBJECTS, SCENES, ImageSpec, draw_spec, true_posterior
+from .truth import ImageSpec
+from .worlds import FIRST_WORLD, World
 
 
 # %% ../../nbs/mini/splits.ipynb #83a8ab1a
@@ -21,10 +21,11 @@ def paint_split(
     specs: list[ImageSpec],
     view: NetworkView,  # how the network reads an image
     workers: int = 1,  # processes that paint
+    world: World = FIRST_WORLD,  # to which they belong
 ) -> dict[str, torch.Tensor]:
     """Tensors of painted images: `pixel_values` by `view`, `images` uint8 [n, 3, H, W],
-    `label` [n], `scene` [n], `objects` bool [n, 24]."""
-    arrays = paint(specs, workers=workers, progress=False)
+    `label` [n], `scene` [n], `objects` bool [n, O]."""
+    arrays = world.paint(specs, workers=workers, progress=False)
     images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
     return dict(
         pixel_values=torch.stack([view(image[None]) for image in images]),
@@ -43,16 +44,16 @@ def paint_splits(
     seed: int = 0,  # of training and validation images
     view: NetworkView = NetworkView(64),  # how the network reads an image  # noqa: B008
     workers: int = 1,  # processes that paint
+    world: World = FIRST_WORLD,  # from which they come
 ) -> EmotionSplits:
     "Three splits of the painted world, in memory, and what each image shows."
     specs = dict(
-        train=[draw_spec(1000 + seed, k) for k in range(num_train)],
-        val=[draw_spec(1000 + seed, 10**6 + k) for k in range(num_val)],
-        test=[draw_spec(999, k) for k in range(num_test)],
+        train=[world.draw(1000 + seed, k) for k in range(num_train)],
+        val=[world.draw(1000 + seed, 10**6 + k) for k in range(num_val)],
+        test=[world.draw(999, k) for k in range(num_test)],
     )
-    splits = {name: paint_split(drawn, view, workers) for name, drawn in specs.items()}
-    names = dict(scene=list(SCENES), object=list(OBJECTS))
-    return EmotionSplits(splits, names, MIKELS, specs)
+    splits = {name: paint_split(drawn, view, workers, world) for name, drawn in specs.items()}
+    return EmotionSplits(splits, world.names, MIKELS, specs)
 
 
 # %% ../../nbs/mini/splits.ipynb #0618ee5f
@@ -60,21 +61,23 @@ def paint_neutral(
     seed: int,  # of the world
     num_images: int,
     workers: int = 1,  # processes
+    world: World = FIRST_WORLD,  # its version
 ) -> dict[str, np.ndarray]:
     "Arrays of neutral images (see `paint`)."
-    specs = [draw_spec(seed, k, neutral=True) for k in range(num_images)]
-    return paint(specs, workers=workers, progress=False)
+    specs = [world.draw(seed, k, neutral=True) for k in range(num_images)]
+    return world.paint(specs, workers=workers, progress=False)
 
 
 def paint_emotional(
     seed: int,  # of the world
     num_images: int,
     workers: int = 1,  # processes
+    world: World = FIRST_WORLD,  # its version
 ) -> dict[str, np.ndarray]:
     "Arrays of images with `emotion` int64 [n] and its true probabilities `truth` [n, 8]."
-    specs = [draw_spec(seed, k) for k in range(num_images)]
+    specs = [world.draw(seed, k) for k in range(num_images)]
     return dict(
-        paint(specs, workers=workers, progress=False),
+        world.paint(specs, workers=workers, progress=False),
         emotion=np.array([MIKELS.index(spec.emotion) for spec in specs]),
-        truth=np.stack([true_posterior(spec.scene, spec.objects) for spec in specs]),
+        truth=np.stack([world.posterior(spec.scene, spec.objects) for spec in specs]),
     )

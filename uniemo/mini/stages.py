@@ -46,6 +46,13 @@ from ..data.kept import write_annotated
 from ..data.names import normalize_name
 from ..data.splits import EmotionSplits, load_splits, training_images
 from ..data.transforms import NetworkView
+from uniemo.diffusion.any_family import (
+    FamilyPipeline,
+    copy_lora,
+    keep_lora,
+    open_trained,
+    pipeline_class,
+)
 from ..diffusion.inversion import InversionStage
 from ..diffusion.latents import cache_latents, check_side, flip_together, open_diffusion
 from ..emotions import MIKELS
@@ -203,11 +210,12 @@ def joint(
     splits = load_world(data, encoder_view(model), config.vae_size)
     how = {"text": config.backbone, "progress": False, **how}
     result = train_joint(splits, config, model, diffusion, folder=folder, mapper=mapper, **how)
-    pipe = UniEmoPipeline.from_diffusion(**result.parts)
+    pipe = pipeline_class(result.parts["diffusion"]).from_diffusion(**result.parts)
     pipe.space = _space(splits, pipe.encoder, space)
     sets = (plain_batches(splits[name]) for name in ("train", "val"))
     pipe.novelty = fit_novelty(pipe.encoder, *sets)
     pipe.save_pretrained(Path(folder) / "pipeline", whole=False, diffusion=str(diffusion))
+    keep_lora(result.stage, pipe.diffusion, Path(folder) / "pipeline")
 
 
 def _space(splits, encoder, space):
@@ -220,9 +228,9 @@ def _space(splits, encoder, space):
 # %% ../../nbs/mini/stages.ipynb #da21acb5
 def open_pipeline(
     folder: str | Path,  # of the stage `joint` or `respaced`
-) -> UniEmoPipeline:
+) -> UniEmoPipeline | FamilyPipeline:
     "The trained pipeline."
-    pipe = UniEmoPipeline.from_pretrained(Path(folder) / "pipeline")
+    pipe = open_trained(Path(folder) / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -237,6 +245,7 @@ def respaced(
     pipe = open_pipeline(pipeline)
     pipe.space = _space(load_world(data, encoder_view(pipe.encoder)), pipe.encoder, space)
     pipe.save_pretrained(Path(folder) / "pipeline", whole=False)
+    copy_lora(Path(pipeline) / "pipeline", Path(folder) / "pipeline")
     _write(folder, space=space)
 
 

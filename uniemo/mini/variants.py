@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..diffusion.latents import image_side
+from ..diffusion.latents import check_diffusion, image_side
 from ..joint import JointConfig
 from ..measure.intervals import mean_interval
 from uniemo.mini.stages import (
@@ -48,10 +48,14 @@ class Budget:
     understanding_steps: int = 240
     joint_steps: int = 240  # also those of an inversion
     backbone: str = "mini"  # CLIP: "mini", a folder or a hub id
-    diffusion: str = "mini"  # Stable Diffusion, likewise
+    diffusion: str = "mini"  # a diffusion pipeline of any family that can be trained, likewise
     num_per_emotion: int = 20  # generated images
     guidance_scale: float = 4.0
     num_inference_steps: int = 20
+
+    def __post_init__(self):
+        # before stage 1 is paid for
+        check_diffusion(self.diffusion)
 
     def data(self, seed: int) -> dict:
         "A world of this seed."

@@ -75,6 +75,8 @@ if TYPE_CHECKING:
         larger_mapper,
         paint_weightless,
         put_first,
+        read_parts,
+        tokenizers_of,
     )
     from .parameters import (
         COMPUTED,
@@ -219,6 +221,8 @@ _rooms = {
         "larger_mapper",
         "paint_weightless",
         "put_first",
+        "read_parts",
+        "tokenizers_of",
     ],
     "parameters": [
         "COMPUTED",

@@ -23,6 +23,7 @@ from ..data.memory import in_memory
 from ..data.shares import is_first, shared_work, wait_for_all
 from ..data.splits import open_splits
 from ..data.transforms import ByteView, CentreCrop, Transform
+from ..diffusion.any_family import keep_lora, load_lora, pipeline_class
 from ..diffusion.latents import open_diffusion
 from ..feedback import candidate_table, generate_candidates, select
 from ..files.disk import read_json
@@ -58,7 +59,7 @@ class FullRun:
     folder: str
     # the data set, in any layout
     data: str
-    # folders of a CLIP and of a Stable Diffusion pipeline
+    # folders of a CLIP and of a diffusion pipeline of any family that can be trained
     backbone: str
     diffusion: str
     # settings of `UnderstandingConfig` and of `JointConfig`
@@ -151,11 +152,13 @@ class FullRun:
             space = fit_space(batches, encoder, names, self.space, self.progress).gather()
             if is_first():
                 own = (encoder.to("cpu"), parts["mapper"], parts["retriever"], space)
-                pipeline = UniEmoPipeline.from_diffusion(parts["diffusion"], *own)
+                kind = pipeline_class(parts["diffusion"])
+                pipeline = kind.from_diffusion(parts["diffusion"], *own)
                 where = self.diffusion_name or self.diffusion
                 with quiet():
                     target = self.path / "pipeline"
                     pipeline.save_pretrained(target, whole=False, diffusion=where)
+                    keep_lora(joined.stage, pipeline.diffusion, target)
             wait_for_all()
         if joined.trainer.main:
             Run(self.folder).log(split="test", **joined.metrics)
@@ -166,8 +169,12 @@ class FullRun:
         device, own = self.begin(), self.path / "pipeline"
         parts = [kind.from_pretrained(own / part) for part, kind in PARTS.items()]
         space = EmotionSpace.load(own / "space.safetensors")
-        pipeline = UniEmoPipeline.from_diffusion(open_diffusion(self.diffusion), *parts, space)
-        pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+        kind = pipeline_class(self.diffusion)
+        pipeline = kind.from_diffusion(open_diffusion(self.diffusion), *parts, space)
+        load_lora(pipeline.diffusion, own)
+        if kind is UniEmoPipeline:
+            # the paper's; other families step by their own
+            pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
         with quiet():
             pipeline.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         pipeline.set_progress_bar_config(disable=True)

@@ -13,6 +13,8 @@ __all__ = [
     "WIDE_VAE",
     "LARGER",
     "is_larger",
+    "read_parts",
+    "tokenizers_of",
     "build_pipeline",
     "build_part",
     "put_first",
@@ -25,6 +27,7 @@ __all__ = [
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import diffusers
 import torch
@@ -34,6 +37,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..diffusion.denoisers import as_type
 from ..diffusion.families import build_mapper
+from ..diffusion.latents import is_other_family
+from ..files.disk import read_json
+from ..files.needed import WEIGHTED
 from ..joint import PipelineStage
 from .parts import SD_TEXT, SD_VAE, default_type, stand_in_tokenizer
 
@@ -137,32 +143,59 @@ LARGER = {
 
 # %% ../../nbs/runs/larger.ipynb #9cb433ae
 def is_larger(name) -> bool:
-    "Whether a diffusion model is one of those above."
-    return isinstance(name, str) and name in LARGER
+    "Whether a diffusion model is one of those above, or a folder of such a family."
+    if not isinstance(name, str | Path):
+        return False
+    return name in LARGER or (Path(name).is_dir() and is_other_family(name))
+
+
+def read_parts(
+    # of `LARGER`, or a folder
+    name: str | Path,
+) -> dict:
+    "What a pipeline is made of: its class, and each part's class and settings."
+    if name in LARGER:
+        return dict(LARGER[name])
+    folder = Path(name)
+    index = read_json(folder / "model_index.json")
+    parts = dict(pipeline=index["_class_name"])
+    for part, entry in index.items():
+        if part.startswith((*WEIGHTED, "scheduler")) and entry[0]:
+            file = "scheduler_config.json" if part == "scheduler" else "config.json"
+            parts[part] = (entry[1], read_json(folder / part / file))
+    return parts
+
+
+def tokenizers_of(name: str | Path, parts: dict) -> dict:
+    "Of a folder its own; else stand-ins."
+    made = {}
+    for part in parts:
+        if not part.startswith("text_encoder"):
+            continue
+        reader = part.replace("text_encoder", "tokenizer")
+        if name not in LARGER:
+            made[reader] = transformers.AutoTokenizer.from_pretrained(Path(name) / reader)
+            continue
+        is_t5 = parts[part][0].startswith("T5")
+        made[reader] = stand_in_tokenizer(32100 if is_t5 else 49408, 512 if is_t5 else 77)
+    return made
 
 
 def build_pipeline(
-    # of `LARGER`
-    name: str,
+    # of `LARGER`, or a folder
+    name: str | Path,
     # type of denoiser, autoencoder and T5; None: as new tensors
     frozen: torch.dtype | None = None,
 ) -> diffusers.DiffusionPipeline:
-    "A pipeline with random weights and stand-in tokenizers."
+    "A pipeline with random weights."
     if not is_larger(name):
         raise ValueError(
             f"no configuration of {name!r} is written out; there are {', '.join(LARGER)}"
         )
-    parts = dict(LARGER[name])
+    parts = read_parts(name)
     kind = getattr(diffusers, parts.pop("pipeline"))
     made = {part: build_part(part, *asked, frozen) for part, asked in parts.items()}
-    for part in parts:
-        if part.startswith("text_encoder"):
-            end = part.removeprefix("text_encoder")
-            is_t5 = parts[part][0].startswith("T5")
-            made[f"tokenizer{end}"] = stand_in_tokenizer(
-                32100 if is_t5 else 49408, 512 if is_t5 else 77
-            )
-    pipe = kind(**made)
+    pipe = kind(**made, **tokenizers_of(name, parts))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -173,14 +206,16 @@ def build_part(part, kind, settings, frozen):
     dtype = torch.get_default_dtype()
     if part.startswith("text_encoder"):
         model = getattr(transformers, kind)
-        if kind.startswith("T5") and frozen:
+        if frozen and not kind.startswith("CLIP"):
             dtype = frozen
+        # a checkpoint in half precision says so
+        settings = {k: v for k, v in settings.items() if k not in ("dtype", "torch_dtype")}
         with default_type(dtype):
             return model(model.config_class(**settings)).eval()
     if part == "scheduler":
         # its table is read while it is made
         with unset_fake_temporarily():
-            return getattr(diffusers, kind)(**settings)
+            return getattr(diffusers, kind).from_config(settings)
     with default_type(frozen or dtype):
         return getattr(diffusers, kind).from_config(settings).eval()
 

@@ -9,10 +9,11 @@ __all__ = ["MIKELS", "COORDINATES", "EmotionSet", "mixture_weights", "valence_ar
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 import torch
+
+from .data.spelling import closest
 
 
 # %% ../nbs/01_emotions.ipynb #cell-05
@@ -74,8 +75,8 @@ def _place_of(name, names):
             raise ValueError(f"emotion {name} of {len(names)}: an index is 0 to {len(names) - 1}")
         return int(name)
     if name not in names:
-        near = get_close_matches(str(name).lower(), names, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        near = closest(str(name).lower(), names, 0.5)
+        hint = f"; did you mean {near!r}?" if near else "."
         raise ValueError(f"unknown emotion {name!r}{hint} Known: {', '.join(names)}")
     return names.index(name)
 

@@ -39,6 +39,7 @@ from .backbones import Backbone, check_normalisation
 from .data.shares import drop_rows
 from .emotions import MIKELS
 from .files.weights import NO_WRAPPERS, load_pretrained
+from .measure.prior import NameCounts, NamePrior
 
 
 # %% ../nbs/03_queries.ipynb #cell-07
@@ -173,6 +174,7 @@ class ExpertQueryConfig(PretrainedConfig):
         image_std: list[float] | None = None,
         class_names: list[str] | None = None,  # None: Mikels' emotions where there are eight
         affect_names: list[str] | None = None,  # ratings that are read beside; None: none
+        prior: dict | None = None,  # `scenes`, `objects`, `pairs` of a `NamePrior`; None: none
         **kwargs,
     ):
         if isinstance(backbone_config, dict):
@@ -193,6 +195,7 @@ class ExpertQueryConfig(PretrainedConfig):
         self.image_std = image_std
         self.class_names = list(class_names) if class_names else None
         self.affect_names = list(affect_names) if affect_names else None
+        self.prior = dict(prior) if prior else None
         if kwargs.get("attn_implementation"):
             self._attn_implementation = kwargs["attn_implementation"]
         self.check_settings()
@@ -217,6 +220,8 @@ class ExpertQueryConfig(PretrainedConfig):
                 f"{self.num_classes} classes need {self.num_classes} class_names, "
                 f"not {len(names)}: {names}"
             )
+        if self.prior and not self.num_queries:
+            raise ValueError("a prior reads the names that queries say: num_queries > 0")
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout is a share below 1, not {self.head_dropout}")
         check_normalisation(self.image_mean, self.image_std)
@@ -248,6 +253,8 @@ class ExpertQueryOutput(ModelOutput):
     scene_attentions: Tensor | None = None  # [B, heads, n, T]; class token and registers in front
     object_attentions: Tensor | None = None
     affect: Tensor | None = None  # [B, ratings]; None in a model that reads none
+    scene_shares: Tensor | None = None  # p(a | s) [B, names]; None in a model without a prior
+    object_shares: Tensor | None = None
 
 
 # %% ../nbs/03_queries.ipynb #cell-20
@@ -305,6 +312,8 @@ class ExpertQueryModel(PreTrainedModel):
         self.head = EmotionHead(inputs, config.num_classes, config.head_width, config.head_dropout)
         if config.affect_names:
             self.affect_head = AffectHead(width, len(config.affect_names))
+        if config.prior:
+            self.name_prior = self._new_prior()
         if given:
             self._keep_weights()
         self.post_init()
@@ -337,7 +346,7 @@ class ExpertQueryModel(PreTrainedModel):
         elif isinstance(module, EmotionHead):
             module.hidden.reset_parameters()
             module.out.reset_parameters()
-        elif isinstance(module, AffectHead):
+        elif isinstance(module, (AffectHead, NamePrior)):
             module.reset_parameters()
         elif module is self and self.config.num_queries:
             for queries in (self.scene_queries, self.object_queries):
@@ -399,8 +408,12 @@ class ExpertQueryModel(PreTrainedModel):
     def _answer(self, c, image, s=None, o=None, scene_attentions=None, object_attentions=None):
         inputs = torch.cat([c, s, o], 1) if self.config.head_inputs == "all" else c
         affect = self.affect_head(c) if self.config.affect_names else None
+        logits, shares = self.head(inputs), (None, None)
+        if self.config.prior:
+            shares = self.name_shares(s, o)
+            logits = logits + self.name_prior(*shares)
         return ExpertQueryOutput(
-            logits=self.head(inputs),
+            logits=logits,
             class_features=c,
             scene_features=s,
             object_features=o,
@@ -408,7 +421,20 @@ class ExpertQueryModel(PreTrainedModel):
             scene_attentions=scene_attentions,
             object_attentions=object_attentions,
             affect=affect,
+            scene_shares=shares[0],
+            object_shares=shares[1],
         )
+
+    def name_shares(self, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+        "Shares of the prior's names [B, S] and [B, O] in features [B, d]. No gradient passes."
+        shares = []
+        for kind, feature in zip(("scene", "object"), (s, o)):
+            weight = getattr(self, f"{kind}_projection").weight
+            scale = getattr(self, f"{kind}_logit_scale").detach().float().exp().clamp(max=100)
+            projected = F.normalize(F.linear(feature.detach(), weight.detach()).float(), dim=-1)
+            text = F.normalize(getattr(self.name_prior, f"{kind}_text").float(), dim=-1)
+            shares.append((scale * projected @ text.T).softmax(-1))
+        return tuple(shares)
 
     def add_affect_head(
         self,
@@ -421,6 +447,27 @@ class ExpertQueryModel(PreTrainedModel):
         self.config.affect_names = list(names)
         return self
 
+    def add_prior(
+        self,
+        counts: NameCounts,  # of the training images
+        scene_text: Tensor,  # features of the names [S, d_text]
+        object_text: Tensor,  # [O, d_text]
+        pairs: bool = True,  # whether pairs of names count beside single ones
+    ) -> "ExpertQueryModel":  # the same
+        "Let the emotion's logits start from counted names, in place of a prior that was there."
+        self.config.prior = dict(scenes=len(scene_text), objects=len(object_text), pairs=pairs)
+        self.config.check_settings()
+        prior = self._new_prior()
+        prior.fill(counts, scene_text, object_text)
+        self.name_prior = prior.to(next(self.head.parameters()).device)
+        return self
+
+    def _new_prior(self):
+        "A `NamePrior` as the configuration says, without counts."
+        own = self.config.prior
+        sizes = own["scenes"], own["objects"], self.config.num_classes, self.config.text_dim
+        return NamePrior(*sizes, own["pairs"])
+
     def normalize(
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
@@ -432,7 +479,7 @@ class ExpertQueryModel(PreTrainedModel):
 
 
 # %% ../nbs/03_queries.ipynb #5fb007ad
-SETTINGS = {"head_width", "head_dropout", "head_inputs", "class_names", "affect_names"}
+SETTINGS = {"head_width", "head_dropout", "head_inputs", "class_names", "affect_names", "prior"}
 
 
 def _configure(backbone, num_queries, split, num_classes, settings):
@@ -498,7 +545,12 @@ def parts(
 ) -> dict[str, dict[str, nn.Parameter]]:  # backbone, queries, heads: each name -> parameter
     "Parameters by part; `queries` has interaction, projections, temperatures, too."
     unused = {id(parameter) for parameter in model.view.unused()}
-    prefixes = {"backbone": "backbone", "head": "heads", "affect_head": "heads"}
+    prefixes = {
+        "backbone": "backbone",
+        "head": "heads",
+        "affect_head": "heads",
+        "name_prior": "heads",
+    }
     found = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
         if id(parameter) not in unused:

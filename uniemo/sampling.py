@@ -23,13 +23,13 @@ __all__ = [
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from .conditioning import split_prompt
+from .data.spelling import closest
 from .emotions import mixture_weights, valence_arousal_mixture
 
 
@@ -153,8 +153,8 @@ class Sampling:
             if name in HABITS:
                 raise TypeError(f"generate takes no {name}: {HABITS[name]}")
             if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                near = closest(name, known)
+                hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
                 raise TypeError(f"generate has no setting {name!r}; {hint}")
         return replace(base, **settings)
 

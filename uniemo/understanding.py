@@ -23,6 +23,7 @@ __all__ = [
     "training_data",
     "ratings_of",
     "prepare_affect",
+    "prepare_prior",
     "train_understanding",
     "save_flushed",
     "look",
@@ -36,9 +37,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .backbones import Backbone, TextTower, name_text
+from .data.attributes import read_annotations, shown_names
 from .data.batches import make_loader
 from .data.memory import in_memory, random_crops
 from .data.mixing import MixedDataset, mix_tensors, mixing_weights, same_images
@@ -57,6 +60,7 @@ from uniemo.losses import (
     understanding_loss,
 )
 from .measure.affect import agreement
+from .measure.prior import NameCounts
 from .queries import AFFECT, ExpertQueryModel, attention_maps, train_only
 from .queries import parts as model_parts
 from .train.batches import MemoryData
@@ -112,6 +116,8 @@ class UnderstandingConfig(TrainConfig):
     loss_weights: tuple = (0.9, 0.05, 0.05)
     # of valence and arousal, where the data have both; 0: they are not learned
     affect_weight: float = 0.0
+    # counted names in the emotion's logits: "none", "names" or "pairs" (ours, not the paper's)
+    prior: str = "none"
     train_parts: tuple = ("backbone", "queries", "heads")
     lr_backbone: float = 8e-6
     # of queries, interaction, projections, temperatures
@@ -148,6 +154,7 @@ class UnderstandingConfig(TrainConfig):
         super().validate()
         check_weights("loss_weights", self.loss_weights, "emotion", "scene", "object")
         check_choice("targets", ("vocabulary", "identity"), self.targets)
+        check_choice("prior", ("none", "names", "pairs"), self.prior)
         if not 0 <= self.affect_weight < float("inf"):
             raise ValueError(f"affect_weight is a number, at least 0, not {self.affect_weight}")
 
@@ -291,6 +298,8 @@ class UnderstandingStage(Stage):
         "L_U and its parts, of the model's output for `batch`."
         texts = (self.scene_text, self.object_text)
         pairs = [self._pair(n, text) for n, text in zip(self.names(batch), texts)]
+        if self.model.config.prior and self.training:
+            out.logits = out.logits + self._taken_out(out, batch)
         counts = (None,) * 3 if counts is None else counts.clamp(min=1e-6)
         losses = understanding_loss(
             self.model,
@@ -307,6 +316,14 @@ class UnderstandingStage(Stage):
             losses["loss_affect"] = affect_loss(out.affect, self.ratings(batch), spread, counts[2])
             losses["loss"] = losses["loss"] + weight * losses["loss_affect"]
         return losses
+
+    def _taken_out(self, out, batch):
+        "What changes in the logits where each image is left out of the counted names."
+        emotion = batch.get("votes")
+        if emotion is None:
+            emotion = F.one_hot(batch["label"], self.model.config.num_classes)
+        shares = out.scene_shares, out.object_shares
+        return self.model.name_prior.taken_out(*shares, *self.names(batch), emotion)
 
     def _pair(self, names, text):
         "What is compared: all names, or as released whether there is one, and the last."
@@ -522,6 +539,28 @@ def prepare_affect(model: ExpertQueryModel, splits: EmotionSplits, seed: int = 0
         model.affect_head.spread.copy_(torch.as_tensor(np.where(spread > 0, spread, 1.0)))
 
 
+# %% ../nbs/05_understanding.ipynb #d65e0b2b
+def prepare_prior(
+    model: ExpertQueryModel,
+    splits: EmotionSplits,
+    text: dict,  # kind -> features of the names
+    pairs: bool,  # whether pairs of names count beside single ones
+):
+    "Count the names of the training images into an encoder's prior, unless it has one."
+    if model.config.prior:
+        return
+    missing = [kind for kind in ATTRIBUTE_KINDS if text.get(kind) is None]
+    if missing:
+        raise ValueError(
+            f"prior needs names of both kinds, and the images have no {missing[0]} names: "
+            "annotate them (uniemo annotate), or set prior='none'"
+        )
+    notes = read_annotations(splits.annotations("train"), splits.emotions.names, splits.names)
+    shown = [torch.from_numpy(shown_names(notes, kind)) for kind in ATTRIBUTE_KINDS]
+    counts = NameCounts.of(*shown, torch.from_numpy(notes.weights))
+    model.add_prior(counts, text["scene"], text["object"], pairs)
+
+
 # %% ../nbs/05_understanding.ipynb #47d815a4
 def train_understanding(
     splits: EmotionSplits,  # on disk, or in memory
@@ -543,6 +582,8 @@ def train_understanding(
         model = build_encoder(backbone, config, splits.emotions.names, width)
     if config.affect_weight:
         prepare_affect(model, splits, config.seed)
+    if config.prior != "none":
+        prepare_prior(model, splits, text, config.prior == "pairs")
     view = encoder_view(model)
     # 2. images
     if extra is not None:

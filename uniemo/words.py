@@ -281,7 +281,7 @@ def labelled(
 
 
 # %% ../nbs/diffusion/words.ipynb #bc66d8a8
-IMAGES = ("image", "mask_image", "control_image")
+IMAGES = ("image", "mask_image", "control_image", "control_mask")
 
 
 def part_of(name: str, value, num_images: int, first: int, size: int):

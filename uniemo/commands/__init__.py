@@ -99,6 +99,7 @@ if TYPE_CHECKING:
         print_table,
         shorten,
         silent_libraries,
+        working,
     )
 
 _rooms = {
@@ -195,6 +196,7 @@ _rooms = {
         "print_table",
         "shorten",
         "silent_libraries",
+        "working",
     ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -14,6 +14,7 @@ __all__ = [
     "shorten",
     "examples",
     "is_watched",
+    "working",
     "silent_libraries",
     "choose_device",
     "load_pipeline",
@@ -94,6 +95,21 @@ def is_watched(
 
 
 @contextmanager
+def working(
+    said: str,  # what is being done
+    quiet: bool = False,  # asked for by `--quiet`
+) -> Iterator[None]:
+    "While inside, a terminal says what is being done; a pipe hears nothing."
+    if not is_watched(quiet):
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(said):
+        yield
+
+
+@contextmanager
 def silent_libraries() -> Iterator[None]:
     "While inside, transformers and diffusers say errors only, and show no bars while loading."
     from diffusers.utils import logging as of_diffusers
@@ -140,8 +156,8 @@ def load_pipeline(
     quiet: bool = False,  # no bar while images are made
 ):  # a `UniEmoPipeline`
     "The pipeline that `--model` names, on its device."
-    device = choose_device(device)
-    with silent_libraries():
+    with working("loading the model", quiet), silent_libraries():
+        device = choose_device(device)
         from uniemo import UniEmoPipeline
 
         pipe = UniEmoPipeline.from_pretrained(model)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .attributes import Annotations, KINDS, count_attributes, read_annotations
+    from .attributes import Annotations, KINDS, count_attributes, read_annotations, shown_names
     from .batches import check_tensors, make_loader
     from .boxes import BOX_FORMATS, box_mask, boxes_in_cell
     from .cells import (
@@ -79,6 +79,7 @@ if TYPE_CHECKING:
         shared_work,
         wait_for_all,
     )
+    from .spelling import closest
     from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
     from .tables import EmotionTable
     from .transforms import (
@@ -93,7 +94,7 @@ if TYPE_CHECKING:
     )
 
 _rooms = {
-    "attributes": ["Annotations", "KINDS", "count_attributes", "read_annotations"],
+    "attributes": ["Annotations", "KINDS", "count_attributes", "read_annotations", "shown_names"],
     "batches": ["check_tensors", "make_loader"],
     "boxes": ["BOX_FORMATS", "box_mask", "boxes_in_cell"],
     "cells": [
@@ -166,6 +167,7 @@ _rooms = {
         "shared_work",
         "wait_for_all",
     ],
+    "spelling": ["closest"],
     "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
     "tables": ["EmotionTable"],
     "transforms": [

@@ -16,13 +16,13 @@ __all__ = [
 
 # %% ../../nbs/data/names.ipynb #7a65ffdf
 import collections
-import difflib
 import os
 import posixpath
 import re
 import unicodedata
 
 from .reading import DataError
+from .spelling import closest
 
 
 # %% ../../nbs/data/names.ipynb #bfa56c90
@@ -59,8 +59,8 @@ def look_alikes(names, known) -> list:
     pairs = []
     for name in names:
         others = [k for k in known if k != name and bare(k) != bare(name)]
-        near = difflib.get_close_matches(name, others, 1, 0.85)
-        pairs += [(name, near[0])] if near else []
+        near = closest(name, others, 0.85)
+        pairs += [(name, near)] if near else []
     return pairs
 
 

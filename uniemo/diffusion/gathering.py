@@ -17,12 +17,12 @@ __all__ = [
 # %% ../../nbs/diffusion/gathering.ipynb #74f27613
 import hashlib
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..data.spelling import closest
 from ..files.spaces import PARTS
 from ..measure.moments import add_rows, merge_moments
 
@@ -100,7 +100,7 @@ class SpaceSettings:
 def check_settings(space):
     "Refuse settings of a space that mean nothing."
     if space.kind not in KINDS:
-        nearest = get_close_matches(str(space.kind), KINDS, 1, 0)[0]
+        nearest = closest(space.kind, KINDS, 0)
         raise ValueError(
             f"the kind of a space is one of {listed(KINDS)}, not {space.kind!r}; "
             f"the nearest is {nearest!r}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         held_out_predictions,
     )
     from .attention import class_attention, pointing, pointing_table
+    from .cells import CellFile, Contender, claim_rows, needed_cells, run_cells
     from .claims import (
         CLAIMS,
         Claim,
@@ -136,6 +137,7 @@ if TYPE_CHECKING:
         plot_intervals,
         plot_reliability,
     )
+    from .prior import NameCounts, NamePrior, log_beyond, log_rows
     from .published import ClassifierJudge, METRICS, PUBLISHED, beside_published, published_networks
     from .theme import (
         DASHES,
@@ -196,6 +198,7 @@ _rooms = {
         "held_out_predictions",
     ],
     "attention": ["class_attention", "pointing", "pointing_table"],
+    "cells": ["CellFile", "Contender", "claim_rows", "needed_cells", "run_cells"],
     "claims": [
         "CLAIMS",
         "Claim",
@@ -315,6 +318,7 @@ _rooms = {
         "plot_intervals",
         "plot_reliability",
     ],
+    "prior": ["NameCounts", "NamePrior", "log_beyond", "log_rows"],
     "published": [
         "ClassifierJudge",
         "METRICS",

@@ -23,6 +23,7 @@ __all__ = [
     "step_rng",
     "ClipStage",
     "clip_config",
+    "grow_clip",
     "text_encoder_of",
     "save_clip",
 ]
@@ -293,6 +294,30 @@ def clip_config(
     "How the mini CLIP is trained: 128 images a step, warm-up over at most 150 steps."
     chosen = dict(batch_size=128, betas=(0.9, 0.98), warmup=min(150, steps // 4) / steps)
     return TrainConfig(steps=steps, **{**chosen, **changes})
+
+
+# %% ../../nbs/mini/clip.ipynb #0ed61e82
+@torch.no_grad()
+def grow_clip(
+    clip: CLIPModel,  # of a smaller world
+    known: CLIPTokenizer,  # its tokenizer
+    tokenizer: CLIPTokenizer,  # of the larger world
+    world: World,
+) -> CLIPModel:
+    "A mini CLIP for another world that knows what `clip` knows."
+    grown = build_clip(tokenizer, world)
+    embeddings = "text_model.embeddings.token_embedding.weight"
+    places = "text_model.embeddings.position_embedding.weight"
+    new, old = grown.state_dict(), clip.state_dict()
+    for name, values in old.items():
+        if name not in (embeddings, places) and values.shape == new[name].shape:
+            new[name].copy_(values)
+    new[places][: len(old[places])] = old[places]
+    before = known.get_vocab()
+    for token, place in tokenizer.get_vocab().items():
+        if token in before:
+            new[embeddings][place] = old[embeddings][before[token]]
+    return grown
 
 
 # %% ../../nbs/mini/clip.ipynb #f462f029

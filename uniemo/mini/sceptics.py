@@ -26,7 +26,7 @@ from ..data.splits import EmotionSplits
 from ..measure.intervals import proportion
 from ..measure.name_rules import PairTable, additive_logits, true_shares, zero_shot_shares
 from .clip import image_embeds, name_embeds
-from .truth import true_posterior
+from .worlds import FIRST_WORLD, World
 from ..train.results import StageResult
 from ..understanding import UnderstandingConfig, train_understanding
 
@@ -67,6 +67,7 @@ def name_baselines(
     tokenizer,
     smoothing: float = 1.0,  # images of an average emotion added to each count of a name
     weight: float = 4.0,  # of the product, in images of a pair
+    world: World = FIRST_WORLD,  # whose truth Bayes knows
 ) -> dict[str, torch.Tensor]:  # "reader, rule" -> logits of the test images [N, E]
     "Logits of whoever reads names and counts: nothing is trained."
     names = splits.names
@@ -84,7 +85,7 @@ def name_baselines(
     for reader, shares in zip(READERS, (seen, written_names(splits, "test"))):
         found[f"{reader}, {RULES[0]}"] = additive_logits(shares, singles)
         found[f"{reader}, {RULES[1]}"] = pairs.logits(shares)
-    truth = [true_posterior(spec.scene, spec.objects) for spec in splits.specs["test"]]
+    truth = [world.posterior(spec.scene, spec.objects) for spec in splits.specs["test"]]
     found["Bayes"] = torch.from_numpy(np.stack(truth)).clamp(min=1e-12).log().float()
     return found
 

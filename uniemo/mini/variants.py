@@ -9,6 +9,7 @@ __all__ = [
     "BASELINES",
     "IMPLICIT",
     "Budget",
+    "feedback_variants",
     "choose_variants",
     "make_variant",
     "implicit_feedback",
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/mini/variants.ipynb #543e347a
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,6 +89,13 @@ class Budget:
             # a draft and an image, and three calls a gradient
             steps = (steps - 3 * refine_steps) // 2
         steps = max(steps // best_of, 1)
+        calls = 2 * steps + 3 * refine_steps if refine_steps else best_of * steps
+        if calls > self.num_inference_steps:
+            warnings.warn(
+                f"{calls} calls of the denoiser an image, where plain sampling takes "
+                f"{self.num_inference_steps}: more steps, or less of the classifier's say",
+                stacklevel=2,
+            )
         return dict(num_inference_steps=steps, best_of=best_of, refine_steps=refine_steps)
 
 
@@ -108,8 +117,6 @@ METHOD = {
     "retrieval soft": dict(settings=dict(retrieval="soft")),
     "separate words": dict(mapper=dict(separate=True)),
     "separate words, without alpha": dict(mapper=dict(separate=True, use_alpha=False)),
-    "best of 4": dict(feedback=dict(best_of=4)),
-    "refined word": dict(feedback=dict(refine_steps=3)),
 }
 BASELINES = {
     "prompts, estimated table": dict(true=False),
@@ -119,11 +126,22 @@ BASELINES = {
 }
 
 
+def feedback_variants(
+    best_of: int = 4,  # images that one is chosen from; 0: no such variant
+    refine_steps: int = 3,  # of the classifier's gradient on a word; 0: no such variant
+) -> dict:
+    "The method with a say of the classifier while images are made, at equal cost."
+    asked = dict(best_of=best_of, refine_steps=refine_steps)
+    names = dict(best_of=f"best of {best_of}", refine_steps=f"refined word, {refine_steps} steps")
+    return {names[key]: dict(feedback={key: value}) for key, value in asked.items() if value}
+
+
 def choose_variants(
     names: list | None,  # None: all
+    more: dict | None = None,  # of `feedback_variants`
 ) -> list:
     "These variants, or a `ValueError` that names the known ones."
-    known = [*BASELINES, *METHOD]
+    known = [*BASELINES, *METHOD, *(more or {})]
     unknown = sorted(set(names or known) - set(known))
     if unknown:
         raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(known)}")
@@ -136,6 +154,7 @@ def make_variant(
     name: str,
     seed: int,
     budget: Budget,
+    more: dict | None = None,  # of `feedback_variants`
 ) -> Path:
     "The folder of a variant's generated images."
     data, sampling = budget.data(seed), budget.sampling()
@@ -145,7 +164,7 @@ def make_variant(
         config = budget.second(seed, lr_mappers=1e-2)
         return store(inversion, data=data, config=config, seed=seed, **BASELINES[name], **sampling)
     encoder = store(understanding, data=data, config=budget.first(seed))
-    how = METHOD[name]
+    how = {**METHOD, **(more or {})}[name]
     config = budget.second(seed, **how.get("settings", {}))
     trained = store(joint, data=data, encoder=encoder, config=config, mapper=how.get("mapper"))
     if "space" in how:

@@ -23,7 +23,7 @@ from .truth import OBJECTS, SCENES, WORLD_VERSION, ImageSpec, draw_spec, true_po
 
 
 # %% ../../nbs/mini/worlds.ipynb #3fd379c2
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     "A version of the painted world."
 

@@ -54,6 +54,7 @@ from uniemo.commands.terminal import (
     is_watched,
     print_table,
     shorten,
+    working,
 )
 
 # %% ../../nbs/runs/cli.ipynb #cell-06
@@ -438,7 +439,7 @@ def estimate_memory(
     pairs: Pairs = None,
     diffusion: Annotated[
         str | None,
-        typer.Option(help="sdxl, sd3.5-medium, flux, or a folder of Stable Diffusion 1.x or 2.x"),
+        typer.Option(help="sdxl, sd3.5-medium, flux, or a folder of a diffusion pipeline"),
     ] = None,
     stages: Annotated[
         list[str] | None,
@@ -452,10 +453,11 @@ def estimate_memory(
     quiet: Quiet = False,
 ):
     "How much memory NAME, a preset (paper, mini) or an experiment, will take, before it does."
-    from transformers.utils import logging
+    with working("loading the libraries", quiet):
+        from transformers.utils import logging
 
-    from uniemo.runs.estimate import JointConfig, estimate
-    from uniemo.runs.larger import LARGER
+        from uniemo.runs.estimate import JointConfig, estimate
+        from uniemo.runs.larger import LARGER, is_larger
 
     logging.set_verbosity_error()
     pairs = pairs_of(pairs)
@@ -464,8 +466,9 @@ def estimate_memory(
         name, changes = _of_experiment(name, pairs)
     if diffusion is not None:
         changes["diffusion"] = diffusion
-        if diffusion in LARGER:
-            changes.setdefault("vae_size", 1024)
+        if is_larger(diffusion):
+            size = 1024 if diffusion in LARGER else image_side(diffusion)
+            changes.setdefault("vae_size", size)
     try:
         progress = is_watched(quiet)
         table = estimate(name, stages, device=device, progress=progress, **changes)
@@ -502,6 +505,9 @@ def main(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
+            # what libraries tell those who program with them
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", PendingDeprecationWarning)
             return command.main(join_pairs(argv), "uniemo", standalone_mode=False) or 0
     except typer.TyperException as e:
         text = e.format_message()

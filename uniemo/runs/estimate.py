@@ -13,14 +13,16 @@ __all__ = [
     "train_step",
     "generate_step",
     "Job",
+    "Unfilled",
     "fake_tensors",
     "estimate",
 ]
 
 # %% ../../nbs/runs/estimate.ipynb #47f1dfe1
 import dataclasses
+import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -105,6 +108,7 @@ def random_batch(
     side: int,  # of the images that the encoder reads, in pixels
     vae_side: int | None = None,  # of those that the autoencoder reads; None: none
     num_objects: int = NAMES[1],
+    ratings: Iterable[str] = (),  # the names of those that an image has
 ) -> dict[str, torch.Tensor]:
     "A batch as the data sets give it."
     batch = dict(
@@ -115,7 +119,7 @@ def random_batch(
     )
     if vae_side is not None:
         batch["vae_pixel_values"] = torch.randn(size, 3, vae_side, vae_side)
-    return batch
+    return batch | {name: torch.zeros(size) for name in ratings}
 
 
 def train_step(
@@ -157,10 +161,11 @@ def generate_step(
         ids = torch.zeros(count, text.config.max_position_embeddings, dtype=torch.long)
         states = text(ids)[0].to(unet.dtype)
         latents = torch.randn(batch_size, unet.config.in_channels, side, side, dtype=unet.dtype)
-        for _ in range(2):
-            both = latents.repeat(count // batch_size, 1, 1, 1)
-            noise = unet(both, torch.tensor(1), states).sample
-        del noise, both
+        both = latents.repeat(count // batch_size, 1, 1, 1)
+        # the answer of the step before is there while the next one is made
+        before = torch.empty_like(both)
+        noise = unet(both, torch.tensor(1), states).sample
+        del before, noise, both
         images = parts.vae.decode(latents).sample
         del latents, states
         seen = torch.randn(batch_size, 3, view.image_size, view.image_size, dtype=unet.dtype)
@@ -191,6 +196,17 @@ class Job:
         return self.diffusion or ("mini" if config.backbone == "mini" else SD)
 
 
+class Unfilled(TorchFunctionMode):
+    "Within this context new weights are left as they are: without memory they have no values."
+
+    fillers = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.zero_, torch.Tensor.fill_}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.fillers:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def fake_tensors(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     "While inside, tensors have no memory, and new weights this type."
@@ -210,10 +226,14 @@ def _size(module):
     return sum(p.numel() for p in module.parameters()), sum(t.nbytes for t in tensors)
 
 
-def _measure_generation(config, job, dtype):
+def _measure_generation(config, job, dtypes):
+    "Of each precision: part -> (parameters, bytes) of generation."
+    measure = _larger_painting if is_larger(job.diffusion) else _painting
+    return [measure(config, job, dtype) for dtype in dtypes]
+
+
+def _painting(config, job, dtype):
     "Part -> (parameters, bytes) of generation."
-    if is_larger(job.diffusion):
-        return _measure_larger_generation(config, job, dtype)
     with fake_tensors(dtype or torch.float32):
         parts = build_parts(config, job.diffusion_of(config), job.names)
         work = generate_step(parts, job.num_images)
@@ -244,7 +264,7 @@ def _larger_stage(config, parts, name, frozen):
     return WeightlessStage(*own, pipe, config, parts.text), _networks(parts, pipe)
 
 
-def _measure_larger_generation(config, job, dtype):
+def _larger_painting(config, job, dtype):
     "Part -> (parameters, bytes) of generation with a larger pipeline."
     with fake_tensors(dtype or torch.float32):
         parts = build_parts(config, None, job.names)
@@ -260,30 +280,30 @@ def _measure_larger_generation(config, job, dtype):
 
 
 # %% ../../nbs/runs/estimate.ipynb #4edb3618
-def _measure_training(config, job, dtype):
-    "Part -> (parameters, bytes) of a step of stage 1 or 2."
-    images, passes = split_batch(config.batch_size, config.micro_batch, job.processes)
+def _training_stage(config, job, frozen):
+    "The stage that trains a setting, and its networks; `frozen`: the type of what is not trained."
     joint = isinstance(config, JointConfig)
-    vae_side = config.vae_size if joint else None
     diffusion = job.diffusion_of(config) if joint else None
-    frozen = dtype if job.device == "cuda" else None
-    with fake_tensors():
-        larger = joint and is_larger(diffusion)
-        parts = build_parts(config, None if larger else diffusion, job.names, frozen)
-        side = parts.encoder.config.image_size
-        if larger:
-            stage, networks = _larger_stage(config, parts, diffusion, frozen)
-        else:
-            stage, networks = _stage_of(config, parts), parts.modules()
+    larger = joint and is_larger(diffusion)
+    parts = build_parts(config, None if larger else diffusion, job.names, frozen)
+    if larger:
+        return _larger_stage(config, parts, diffusion, frozen)
+    return _stage_of(config, parts), parts.modules()
 
-        def batch():
-            return random_batch(images, side, vae_side, job.names[1])
 
-        gradients, work = train_step(stage, batch, passes, dtype)
-        rows = {name: _size(module) for name, module in networks.items()}
-        if getattr(stage, "bridge", None) is not None:
-            rows["bridge"] = _size(stage.bridge)
-        trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+def _step_rows(stage, networks, config, job, dtype):
+    "Part -> (parameters, bytes) of one step of a stage."
+    images, passes = split_batch(config.batch_size, config.micro_batch, job.processes)
+    own = stage.model.config
+    vae_side = getattr(config, "vae_size", None)
+    batch = functools.partial(
+        random_batch, images, own.image_size, vae_side, job.names[1], own.affect_names or ()
+    )
+    gradients, work = train_step(stage, batch, passes, dtype)
+    rows = {name: _size(module) for name, module in networks.items()}
+    if getattr(stage, "bridge", None) is not None:
+        rows["bridge"] = _size(stage.bridge)
+    trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     if config.ema_decay:  # the average, and what it takes the place of in validation
         rows["average"] = 0, 8 * trained
     if job.processes > 1:  # the processes' buckets hold every gradient once more
@@ -292,16 +312,35 @@ def _measure_training(config, job, dtype):
     return rows | dict(activations=(0, work))
 
 
+def _measure_training(config, job, dtypes):
+    "Of each precision: part -> (parameters, bytes) of a step of stage 1 or 2."
+    found = []
+    with fake_tensors():
+        # precisions whose weights are alike take their steps with one and the same stage
+        build = functools.cache(functools.partial(_training_stage, config, job))
+        for dtype in dtypes:
+            stage, networks = build(dtype if job.device == "cuda" else None)
+            found.append(_step_rows(stage, networks, config, job, dtype))
+    return found
+
+
 # %% ../../nbs/runs/estimate.ipynb #b1db12d4
 NO_MODELS = ("optimiser", "average", "gradients", "activations", "exchange", "program")
 
 
-def _columns(stage, config, job, precisions):
+def _columns(stage, config, job, precisions, bar):
     "The table of one stage: parameters, and GB in each precision."
+
+    def dtypes():
+        for precision in precisions:
+            bar.set_postfix_str(f"{stage}, {precision}")
+            yield PRECISIONS[precision]
+            bar.update()
+
     measure = _measure_generation if stage == "generation" else _measure_training
     columns = {}
-    for precision in precisions:
-        rows = measure(config, job, PRECISIONS[precision]) | dict(program=(0, PROGRAM[job.device]))
+    for precision, rows in zip(precisions, measure(config, job, dtypes())):
+        rows |= dict(program=(0, PROGRAM[job.device]))
         columns["parameters"] = {part: count for part, (count, _) in rows.items()}
         columns[f"{precision} GB"] = {part: size / 1e9 for part, (_, size) in rows.items()}
     table = pd.DataFrame(columns)
@@ -371,9 +410,9 @@ def _preset_configs(name, stages, settings):
 def estimate(
     config: str | UnderstandingConfig | JointConfig = "paper",  # a preset's name, or settings
     stages: Iterable[str] | None = None,  # of `STAGES`; None: all that `config` is for
-    precisions: Iterable[str] = tuple(PRECISIONS),
+    precisions: Sequence[str] = tuple(PRECISIONS),
     device: str | None = None,  # 'cpu' or 'cuda'; None: as found
-    progress: bool = False,  # a bar, a step for each stage
+    progress: bool = False,  # a bar, a step for each stage and precision
     **settings,  # fields of `Job`; of a preset its settings, (understanding|joint)_settings={...}
 ) -> pd.DataFrame:  # indexed by stage and part: parameters, and GB in each precision
     "Memory at the peak of one process."
@@ -387,11 +426,12 @@ def estimate(
     make = _preset_configs if isinstance(config, str) else _given_config
     configs = make(config, stages, settings)
     tables = {}
-    bar = tqdm(configs.items(), "estimating", leave=False, disable=not progress, unit="stage")
-    for stage, own in bar:
-        bar.set_postfix_str(stage)
-        name = f"{stage}, {_images(stage, own, job)} images"
-        tables[name] = _columns(stage, own, job, precisions)
+    steps = len(configs) * len(precisions)
+    shown = dict(total=steps, leave=False, disable=not progress, unit="step")
+    with tqdm(desc="estimating", **shown) as bar:
+        for stage, own in configs.items():
+            name = f"{stage}, {_images(stage, own, job)} images"
+            tables[name] = _columns(stage, own, job, precisions, bar)
     table = pd.concat(tables, names=["stage", "part"])
     last = configs[tuple(configs)[-1]]
     about = dict(backbone=last.backbone, diffusion=job.diffusion_of(last))

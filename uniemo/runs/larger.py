@@ -13,6 +13,7 @@ __all__ = [
     "WIDE_VAE",
     "LARGER",
     "is_larger",
+    "is_estimable",
     "read_parts",
     "tokenizers_of",
     "build_pipeline",
@@ -37,7 +38,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..diffusion.denoisers import as_type
 from ..diffusion.families import build_mapper
-from ..diffusion.latents import is_other_family
+from ..diffusion.latents import image_side, is_other_family
 from ..files.disk import read_json
 from ..files.needed import WEIGHTED
 from ..joint import PipelineStage
@@ -149,6 +150,11 @@ def is_larger(name) -> bool:
     return name in LARGER or (Path(name).is_dir() and is_other_family(name))
 
 
+def is_estimable(name) -> bool:
+    "Whether a diffusion model's passes can be followed without numbers."
+    return not is_larger(name) or not read_parts(name)["pipeline"].startswith("ZImage")
+
+
 def read_parts(
     # of `LARGER`, or a folder
     name: str | Path,
@@ -193,6 +199,11 @@ def build_pipeline(
             f"no configuration of {name!r} is written out; there are {', '.join(LARGER)}"
         )
     parts = read_parts(name)
+    if not is_estimable(name):
+        raise ValueError(
+            f"the memory of a {parts['pipeline']} cannot be estimated: it cuts its prompts by "
+            "their masks, which have no values where tensors have no memory"
+        )
     kind = getattr(diffusers, parts.pop("pipeline"))
     made = {part: build_part(part, *asked, frozen) for part, asked in parts.items()}
     pipe = kind(**made, **tokenizers_of(name, parts))

@@ -10,7 +10,6 @@ __all__ = [
     "HOW_TO_WRITE",
     "HOLDS",
     "experiments",
-    "nearest",
     "suggest",
     "find_notebook",
     "read_notebook",
@@ -25,7 +24,6 @@ __all__ = [
 
 # %% ../../nbs/runs/parameters.ipynb #b779a2fc
 import ast
-import difflib
 import io
 import json
 import operator
@@ -37,6 +35,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..data.spelling import closest
 from ..files.disk import read_json
 
 # %% ../../nbs/runs/parameters.ipynb #9fb9859f
@@ -51,20 +50,12 @@ def experiments() -> dict[str, Path]:
 
 
 # %% ../../nbs/runs/parameters.ipynb #0ddf41e9
-def nearest(
-    name: str,
-    known: Mapping | list,  # names that there are
-) -> str | None:
-    "The one of the `known` names that looks most like `name`, or None where none is near."
-    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
-
-
 def suggest(
     name: str,
     known: Mapping | list,  # names that there are
 ) -> str:  # ends in a space, or is empty
     "The question whether a near name is meant, for a message."
-    near = nearest(name, known)
+    near = closest(name, known)
     return f"did you mean {near!r}? " if near else ""
 
 

@@ -45,7 +45,7 @@ from ..emotions import MIKELS
 from ..files.shipped import shipped_folder
 from ..fusion import PseudoWordMapper
 from ..joint import JointConfig
-from ..queries import ExpertQueryConfig, ExpertQueryModel
+from ..queries import AFFECT, ExpertQueryConfig, ExpertQueryModel
 from ..understanding import UnderstandingConfig
 
 # %% ../../nbs/runs/parts.ipynb #7e394886
@@ -219,6 +219,7 @@ def random_encoder(config: UnderstandingConfig) -> ExpertQueryModel:
             head_width=config.head_width,
             head_inputs=config.head_inputs,
             text_dim=getattr(vision, "projection_dim", None) or vision.hidden_size,
+            affect_names=list(AFFECT) if config.affect_weight else None,
         )
     )
 

@@ -18,10 +18,11 @@ __all__ = [
 # %% ../../nbs/train/config.ipynb #8add5224
 import math
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from functools import wraps
 from types import NoneType
 from typing import ClassVar, get_args, get_type_hints
+
+from ..data.spelling import closest
 
 
 # %% ../../nbs/train/config.ipynb #1f78aa01
@@ -52,7 +53,7 @@ def settings(
     def checked(self, **given):
         for name in given:
             if name not in known:
-                nearest = get_close_matches(name, known, 1, 0)[0]
+                nearest = closest(name, known, 0)
                 raise TypeError(
                     f"{cls.__name__} has no setting {name!r}; the nearest is {nearest!r}"
                 )
@@ -106,7 +107,7 @@ def check_choice(
     "Refuse a word that is not one of the `known`; the message names the nearest."
     for value in given:
         if value not in known:
-            nearest = get_close_matches(str(value), known, 1, 0)[0]
+            nearest = closest(value, known, 0)
             raise ValueError(
                 f"{name} knows {', '.join(known)}, not {value!r}; the nearest is {nearest!r}"
             )

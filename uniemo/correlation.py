@@ -6,9 +6,6 @@
 __all__ = [
     "RETRIEVALS",
     "Retriever",
-    "check_kind",
-    "AttributeRows",
-    "emotion_order",
     "CorrelationTable",
     "plot_table",
     "NamedRows",
@@ -33,168 +30,13 @@ from torch import nn
 
 from .data.attributes import KINDS, count_attributes, read_annotations
 from .data.batches import make_loader
+from .data.coefficients import AttributeRows, check_kind, emotion_order, read_rows
 from .data.names import normalize_name
 from .emotions import MIKELS
 from .files.disk import FileError, write_file
 from .files.weights import load_pretrained
 from .losses import similarity
 from .measure.networks import evaluating
-
-
-# %% ../nbs/06_correlation.ipynb #cell-07
-def check_kind(kind: str) -> str:
-    "The kind, if it is one."
-    if kind not in KINDS:
-        raise ValueError(f"a kind is 'scene' or 'object', not {kind!r}")
-    return kind
-
-
-def _distribution(kind, name, row, size):
-    "A row [E] of sum 1."
-    row = np.asarray(row, float)
-    if row.shape != (size,):
-        raise ValueError(
-            f"{kind} {name!r}: a row has {size} values, one an emotion, not {list(row.shape)}"
-        )
-    if not (np.isfinite(row).all() and (row >= 0).all() and abs(row.sum() - 1) < 1e-3):
-        raise ValueError(
-            f"{kind} {name!r}: a row is not negative and sums to 1; "
-            f"this one sums to {row.sum():.4g}, its least value is {row.min():.4g}"
-        )
-    return row / row.sum()
-
-
-def _frame(kind, rows, emotions):
-    "DataFrame [names, E] of a dict name -> row, or of a DataFrame whose columns are emotions."
-    if isinstance(rows, pd.DataFrame):
-        if set(rows.columns) != set(emotions):
-            raise ValueError(
-                f"the {kind} table must have one column for each of {', '.join(emotions)}; "
-                f"it has {', '.join(map(str, rows.columns))}"
-            )
-        rows = dict(zip(rows.index, rows[emotions].to_numpy(float)))
-    values = [_distribution(kind, name, row, len(emotions)) for name, row in (rows or {}).items()]
-    values = np.array(values).reshape(-1, len(emotions))
-    return pd.DataFrame(values, [str(name) for name in rows or {}], emotions)
-
-
-# %% ../nbs/06_correlation.ipynb #33f70802
-def _places(kind, names):
-    "dict normalised name -> row; equal names are refused."
-    places = {}
-    for i, name in enumerate(names):
-        first = places.setdefault(normalize_name(name), i)
-        if first != i:
-            raise ValueError(
-                f"{kind} {name!r} and {names[first]!r} are the same name: keep one of them"
-            )
-    return places
-
-
-# %% ../nbs/06_correlation.ipynb #cell-08
-class AttributeRows:
-    "T[(kind, name), emotion] in [0, 1], each row summing to 1."
-
-    def __init__(
-        self,
-        scene: Mapping | pd.DataFrame | None = None,  # name -> row [E]; None: no such names
-        object: Mapping | pd.DataFrame | None = None,
-        emotions: Iterable[str] = MIKELS,  # the order of a row; a DataFrame has them as columns
-    ):
-        self.emotions = list(emotions)
-        self._frames = {
-            kind: _frame(kind, rows, self.emotions) for kind, rows in zip(KINDS, (scene, object))
-        }
-        self._places = {kind: _places(kind, list(f.index)) for kind, f in self._frames.items()}
-        if not len(self):
-            raise ValueError("the table is empty: it needs names of scenes or of objects")
-
-    def names(self, kind: str) -> list[str]:
-        "Names of a kind, 'scene' or 'object', in the order of the rows."
-        return list(self._frames[check_kind(kind)].index)
-
-    def matrix(self, kind: str) -> torch.Tensor:
-        "Rows of a kind, float32 [names, E]."
-        return torch.tensor(self._frames[check_kind(kind)].to_numpy(), dtype=torch.float32)
-
-    def index(self, kind: str, name: str) -> int:
-        "The row of a name; a `KeyError` says where else the name is known."
-        places, key = self._places[check_kind(kind)], normalize_name(name)
-        if key in places:
-            return places[key]
-        other = [k for k in KINDS if key in self._places[k]]
-        hint = f"; there is {other[0]} {name!r}" if other else ""
-        raise KeyError(f"no {kind} {name!r} in the table of {len(places)} {kind}s{hint}")
-
-    def __getitem__(self, key: tuple[str, str]) -> torch.Tensor:
-        kind, name = key
-        return self.matrix(kind)[self.index(kind, name)]
-
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        kind, name = key
-        return kind in KINDS and normalize_name(name) in self._places[kind]
-
-    def __iter__(self):
-        return ((kind, name) for kind in KINDS for name in self._frames[kind].index)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._frames.values()))
-
-    def __repr__(self) -> str:
-        scenes, objects = (len(self._frames[kind]) for kind in KINDS)
-        return (
-            f"CorrelationTable({scenes} scenes, {objects} objects, {len(self.emotions)} emotions)"
-        )
-
-    def to_pandas(self) -> pd.DataFrame:
-        "DataFrame with rows (kind, name) and a column for each emotion."
-        return pd.concat(self._frames, names=["kind", "name"])
-
-    def reorder(
-        self,
-        emotions: Iterable[str],  # other names than the table's are refused
-    ) -> "AttributeRows":
-        "The same coefficients with the columns in the order of `emotions`."
-        emotions = list(emotions)
-        order = emotion_order(self.emotions, emotions)
-        tables = [
-            dict(zip(frame.index, frame.to_numpy()[:, order])) for frame in self._frames.values()
-        ]
-        return type(self)(*tables, emotions)
-
-
-# %% ../nbs/06_correlation.ipynb #cell-09
-def _read_table(path):
-    "Scenes, objects and emotions of a CSV file."
-    t = pd.read_csv(
-        path, dtype=dict(kind=str, name=str), keep_default_na=False, encoding="utf-8-sig"
-    )
-    if list(t.columns[:2]) != ["kind", "name"] or len(t.columns) < 3:
-        raise ValueError(
-            "its columns should be kind, name and the emotions, not " + ", ".join(t.columns)
-        )
-    for kind in t.kind:
-        check_kind(kind)
-    emotions = list(t.columns[2:])
-    rows = {kind: t[t.kind == kind] for kind in KINDS}
-    tables = [dict(zip(part.name, part[emotions].to_numpy(float))) for part in rows.values()]
-    return *tables, emotions
-
-
-def emotion_order(
-    own: Iterable[str],
-    emotions: Iterable[str],  # the order that is wanted
-    what: str = "the table",  # whose emotions `own` are, for the error
-) -> list[int]:
-    "The place of each of `emotions` in `own`; other names are refused."
-    own, emotions = list(own), list(emotions)
-    place = {normalize_name(e): i for i, e in enumerate(own)}
-    if sorted(place) != sorted(map(normalize_name, emotions)):
-        raise ValueError(
-            f"{what} has the emotions {', '.join(own)}, wanted are {', '.join(emotions)}: "
-            "no order makes these the same, so make it anew for the emotions wanted"
-        )
-    return [place[normalize_name(e)] for e in emotions]
 
 
 # %% ../nbs/06_correlation.ipynb #cell-14
@@ -209,7 +51,7 @@ class CorrelationTable(AttributeRows):
     def load(cls, path: str | Path) -> "CorrelationTable":
         "Read what `save` wrote; emotions are in the file's order (see `reorder`)."
         try:
-            return cls(*_read_table(path))
+            return cls(*read_rows(path))
         except (ValueError, TypeError) as problem:
             raise FileError(
                 f"{path} is no whole table of coefficients: {problem}; save the table again"

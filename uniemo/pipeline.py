@@ -44,7 +44,15 @@ from .diffusion.painting import DIFFUSION_PARTS, Painter, check_unet, refuse
 from .diffusion.refinement import WordRefiner, keep_best
 from .emotions import mixture_weights
 from .files.disk import FETCH, FileError, read_json, write_file
-from .files.pipelines import HUB, NOTE, PLACED, find_pipeline, load_parts, read_base
+from uniemo.files.pipelines import (
+    HUB,
+    LORA_FOLDER,
+    NOTE,
+    PLACED,
+    find_pipeline,
+    load_parts,
+    read_base,
+)
 from .files.shipped import shipped_folder
 from .fusion import PseudoWordMapper
 from .losses import similarity
@@ -327,6 +335,8 @@ class Loaded(Stored):
             ) from None
         pipe = cls.from_diffusion(diffusion, **own, space=space)
         pipe.diffusion_name = base
+        if (folder / LORA_FOLDER).exists():
+            pipe.diffusion.load_lora_weights(folder / LORA_FOLDER)
         return pipe
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         vote_shares,
     )
     from .checking import NO_DATA, check, find_layout, find_root, load_data
+    from .coefficients import AttributeRows, check_kind, emotion_order, read_rows
     from .emoset import ATTRIBUTES, EmoSet
     from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
     from .hub import (
@@ -112,6 +113,7 @@ _rooms = {
         "vote_shares",
     ],
     "checking": ["NO_DATA", "check", "find_layout", "find_root", "load_data"],
+    "coefficients": ["AttributeRows", "check_kind", "emotion_order", "read_rows"],
     "emoset": ["ATTRIBUTES", "EmoSet"],
     "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
     "hub": [

@@ -8,7 +8,6 @@ import lazy_loader
 if TYPE_CHECKING:
     from .any_family import (
         FamilyPipeline,
-        LORA_FOLDER,
         base_place,
         copy_lora,
         keep_lora,
@@ -136,7 +135,6 @@ if TYPE_CHECKING:
 _rooms = {
     "any_family": [
         "FamilyPipeline",
-        "LORA_FOLDER",
         "base_place",
         "copy_lora",
         "keep_lora",

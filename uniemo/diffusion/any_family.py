@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "LORA_FOLDER",
     "base_place",
     "keep_lora",
     "copy_lora",
@@ -25,7 +24,7 @@ from diffusers import DiffusionPipeline
 from ..correlation import AttributeRetriever
 from .families import save_lora
 from .latents import check_diffusion, is_other_family, open_diffusion
-from ..files.pipelines import NOTE, find_pipeline, read_base
+from ..files.pipelines import LORA_FOLDER, NOTE, find_pipeline, read_base
 from ..fusion import PseudoWordMapper
 from ..measure.novelty import NOVELTY, Novelty
 from ..pipeline import Reader, UniEmoPipeline, check_same_emotions
@@ -35,10 +34,8 @@ from ..sampling import wish_of, wishes_of
 from ..space import EmotionSpace
 from ..words import EmotionWords
 
+
 # %% ../../nbs/diffusion/any_family.ipynb #6e356b99
-LORA_FOLDER = "lora"
-
-
 def base_place(
     folder: Path,  # of a saved pipeline
 ) -> str | None:
@@ -245,7 +242,5 @@ def open_trained(
     folder = find_pipeline(name)
     base = base_place(folder)
     if base is None or pipeline_class(base) is UniEmoPipeline:
-        pipe = UniEmoPipeline.from_pretrained(name)
-        load_lora(pipe.diffusion, folder)
-        return pipe
+        return UniEmoPipeline.from_pretrained(name)
     return FamilyPipeline.from_pretrained(folder)

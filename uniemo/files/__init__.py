@@ -50,7 +50,17 @@ if TYPE_CHECKING:
         shrink_onnx,
     )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
-    from .pipelines import HUB, HUB_NAME, KNOWN, NOTE, PLACED, find_pipeline, load_parts, read_base
+    from .pipelines import (
+        HUB,
+        HUB_NAME,
+        KNOWN,
+        LORA_FOLDER,
+        NOTE,
+        PLACED,
+        find_pipeline,
+        load_parts,
+        read_base,
+    )
     from .provenance import TOLD, provenance, read_provenance, write_provenance
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
     from .spaces import (
@@ -135,6 +145,7 @@ _rooms = {
         "HUB",
         "HUB_NAME",
         "KNOWN",
+        "LORA_FOLDER",
         "NOTE",
         "PLACED",
         "find_pipeline",

@@ -118,7 +118,8 @@ class Contest:
         right = (logits.argmax(1) == self.splits.tensor("test", "label")).numpy()
         parts = {"accuracy": right, "override accuracy": right[self.overrides]}
         parts["accuracy of the rest"] = right[~self.overrides]
-        return {name: float(part.mean()) for name, part in parts.items()} | more
+        shares = {name: float(part.mean()) for name, part in parts.items() if len(part)}
+        return shares | more
 
     def config(self, **changes) -> UnderstandingConfig:
         "Stage 1 of this contest."

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         terminable,
         time_left,
         where,
+        without,
     )
     from .folders import (
         LOCK,
@@ -179,6 +180,7 @@ _rooms = {
         "terminable",
         "time_left",
         "where",
+        "without",
     ],
     "folders": [
         "LOCK",

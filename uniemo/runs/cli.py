@@ -456,6 +456,7 @@ def estimate_memory(
     with working("loading the libraries", quiet):
         from transformers.utils import logging
 
+        from uniemo.diffusion.latents import image_side
         from uniemo.runs.estimate import JointConfig, estimate
         from uniemo.runs.larger import LARGER, is_larger
 

@@ -9,6 +9,7 @@ __all__ = [
     "where",
     "time_left",
     "Watch",
+    "without",
     "RunFailed",
     "Terminated",
     "terminable",
@@ -223,6 +224,22 @@ def _known_to_us(record):
     return not record.getMessage().startswith("Passed unknown parameter")
 
 
+# %% ../../nbs/runs/execution.ipynb #90a6e3b1
+@contextmanager
+def without(
+    module: str,  # its name
+) -> Iterator[None]:
+    "While inside, a module that is not imported yet counts as not installed."
+    hidden = module not in sys.modules
+    if hidden:
+        sys.modules[module] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            sys.modules.pop(module, None)
+
+
 # %% ../../nbs/runs/execution.ipynb #325354c1
 class RunFailed(RuntimeError):
     "A notebook stopped with an error; `run` holds the folder with the notebook as far as it went."
@@ -288,7 +305,8 @@ KILLED = "the notebook's process was killed, perhaps out of memory: see uniemo e
 
 def _execute_notebook(run, given, progress):
     "papermill, with our engine; paths are templates for it."
-    import papermill
+    with without("rfc3987_syntax"):
+        import papermill
 
     _register_engine()
     source, executed = (

@@ -38,7 +38,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..diffusion.denoisers import as_type
 from ..diffusion.families import build_mapper
-from ..diffusion.latents import image_side, is_other_family
+from ..diffusion.latents import is_other_family
 from ..files.disk import read_json
 from ..files.needed import WEIGHTED
 from ..joint import PipelineStage

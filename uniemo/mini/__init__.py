@@ -67,6 +67,8 @@ if TYPE_CHECKING:
         VIEW,
         another_start,
         as_arms,
+        clip_folder_of,
+        contest_key,
         counted,
         trained,
     )
@@ -288,6 +290,8 @@ _rooms = {
         "VIEW",
         "another_start",
         "as_arms",
+        "clip_folder_of",
+        "contest_key",
         "counted",
         "trained",
     ],

@@ -40,7 +40,7 @@ run: env ## the main job: make run, or make run JOB=name
 
 test: env style ## every notebook, every test, and the checks that keep the notebooks honest
 	OMP_NUM_THREADS=1 nbdev_test --n_workers $(JOBS) --skip_folder_re '$(SKIP)'
-	OMP_NUM_THREADS=1 python -m pytest tests -n $(JOBS)
+	OMP_NUM_THREADS=1 python -m pytest tests -n $(JOBS) --dist worksteal
 
 style: env ## ruff: format and rules, over notebooks, package, tests
 	ruff format --check

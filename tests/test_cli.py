@@ -11,6 +11,7 @@ import pytest
 
 import uniemo
 from uniemo.runs import Run, experiments
+from uniemo.runs.cli import main
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "fixtures" / "tiny.ipynb"
@@ -113,6 +114,7 @@ def test_run_list_compare(tmp_path):
     )
     p = uniemo_(tmp_path, "resume", "one")
     assert p.returncode == 2 and "completed" in p.stderr
+    assert "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1
     p = uniemo_(tmp_path, "run", TINY, "--run-id", "one")
     assert p.returncode == 2 and "uniemo resume one" in p.stderr
 
@@ -134,15 +136,14 @@ def test_run_list_compare(tmp_path):
         (["list", "nope"], "no experiment"),
     ],
 )
-def test_refused_with_one_line(tmp_path, args, part):
-    p = uniemo_(tmp_path, *args)
-    assert (
-        p.returncode == 2
-        and part in p.stderr
-        and "Traceback" not in p.stderr
-        and len(p.stderr.strip().splitlines()) == 1
-        and not (tmp_path / "runs").exists()
-    )
+def test_refused_with_one_line(tmp_path, monkeypatch, capsys, args, part):
+    "As a process it does the same: see what is refused of a run that is there."
+    monkeypatch.chdir(tmp_path)
+    assert main([str(arg) for arg in args]) == 2
+    said = capsys.readouterr().err
+    assert part in said and "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_failing_notebook(tmp_path):
@@ -203,7 +204,7 @@ def test_progress_on_a_terminal(tmp_path):
 
 def test_estimate_asks_what_the_experiment_would_do(capsys):
     "Images at a time in generation are no batch of training."
-    from uniemo.runs.cli import _of_experiment, main
+    from uniemo.runs.cli import _of_experiment
 
     for pairs, made in (({}, 8), (dict(generation_batch_size="3"), 3)):
         preset, changes = _of_experiment("emoset", pairs)

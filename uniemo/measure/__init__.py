@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         held_out_predictions,
     )
     from .attention import class_attention, pointing, pointing_table
-    from .cells import CellFile, Contender, claim_rows, needed_cells, run_cells
+    from .cells import CellFile, Contender, claim_rows, first_seeds, needed_cells, run_cells
     from .claims import (
         CLAIMS,
         Claim,
@@ -198,7 +198,7 @@ _rooms = {
         "held_out_predictions",
     ],
     "attention": ["class_attention", "pointing", "pointing_table"],
-    "cells": ["CellFile", "Contender", "claim_rows", "needed_cells", "run_cells"],
+    "cells": ["CellFile", "Contender", "claim_rows", "first_seeds", "needed_cells", "run_cells"],
     "claims": [
         "CLAIMS",
         "Claim",

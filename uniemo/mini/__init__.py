@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         clip_folder_of,
         contest_key,
         counted,
+        own_contender,
         trained,
     )
     from .diffusion import (
@@ -293,6 +294,7 @@ _rooms = {
         "clip_folder_of",
         "contest_key",
         "counted",
+        "own_contender",
         "trained",
     ],
     "diffusion": [

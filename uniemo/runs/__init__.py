@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         terminable,
         time_left,
         where,
-        without,
+        without_module,
     )
     from .folders import (
         LOCK,
@@ -180,7 +180,7 @@ _rooms = {
         "terminable",
         "time_left",
         "where",
-        "without",
+        "without_module",
     ],
     "folders": [
         "LOCK",

@@ -1,9 +1,11 @@
 "Fixtures that several tests use."
 
+import os
 from pathlib import Path
 
 import nbformat
 import pytest
+from warm import fork_kernel
 
 from uniemo.runs import find_notebook
 
@@ -18,6 +20,14 @@ def shared():
             f"{SHARED} is missing: real files and golden numbers are not part of the project"
         )
     return SHARED
+
+
+@pytest.fixture
+def warm(monkeypatch):
+    "Notebooks that are run get kernels which need not import torch anew."
+    if os.name == "posix":
+        place = "jupyter_client.provisioning.local_provisioner.launch_kernel"
+        monkeypatch.setattr(place, fork_kernel)
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ def test_edits_of_the_mini_world(pipe):
     assert -1 <= positivity(tables[0]).value <= 1
 
 
-def test_the_editing_experiment(tmp_path):
+def test_the_editing_experiment(warm, tmp_path):
     params = dict(num_photos=8, arms=list(ARMS[:2]), strengths=[0.5], num_inference_steps=1)
     run = start("editing", params, tmp_path, progress=False)
     assert {"reached_word", "kept_word_objects_kept", "photos"} <= set(run.summary())

@@ -41,7 +41,7 @@ def cells(tmp_path, monkeypatch):
     return execute
 
 
-def test_understanding_is_repeatable(tmp_path, run_again):
+def test_understanding_is_repeatable(warm, tmp_path, run_again):
     "Same seed, same machine: the same summary, in a second process and after a second Run All."
     runs = [
         start(notebook, dict(TINY, num_images=160), tmp_path, name, progress=False)
@@ -64,7 +64,7 @@ def test_understanding_is_repeatable(tmp_path, run_again):
     } <= {p.name for p in (runs[0].dir / "figures").iterdir()}
 
 
-def test_understanding_reads_a_folder_of_photographs(tmp_path):
+def test_understanding_reads_a_folder_of_photographs(warm, tmp_path):
     "No split, no attributes, no known truth, and emotions of one's own."
     photos = write_emoset(tmp_path / "world", 240, progress=False) / "image"
     for old, new in (("amusement", "joy"), ("anger", "fury"), ("awe", "wonder")):
@@ -82,7 +82,7 @@ def test_understanding_reads_a_folder_of_photographs(tmp_path):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_understanding_with_extra_images(tmp_path, in_memory):
+def test_understanding_with_extra_images(warm, tmp_path, in_memory):
     "Stage 3 at any size: a folder of emotions, without names, joins a set in EmoSet's format."
     data, more = (
         write_emoset(tmp_path / n, k, seed=k, workers=1, progress=False)
@@ -122,7 +122,7 @@ def test_understanding_with_extra_images(tmp_path, in_memory):
         )
 
 
-def test_experts_goes_on_where_it_was_stopped(tmp_path):
+def test_experts_goes_on_where_it_was_stopped(warm, tmp_path):
     params = dict(
         sizes=[16],
         steps=[2],
@@ -186,7 +186,7 @@ def test_emoset_stops_where_files_are_missing(tmp_path, monkeypatch, dry):
             start("emoset", params, tmp_path / "runs", progress=False)
 
 
-def test_emoset_by_parameters_only(tmp_path):
+def test_emoset_by_parameters_only(warm, tmp_path):
     "The whole path with mini models, and once more where it was stopped."
     tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True)
     data = write_emoset(tmp_path / "world", 64, progress=False, splits=(0.5, 0.25, 0.25))

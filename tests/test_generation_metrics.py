@@ -301,7 +301,7 @@ def test_shipped_judge_is_good_and_another_network():
     assert sum(p.stat().st_size for p in shipped_folder("judge").iterdir()) < 2e6
 
 
-def test_pretrain_judge_runs(tmp_path):
+def test_pretrain_judge_runs(warm, tmp_path):
     done = runs.start(
         "pretrain_judge",
         dict(num_images=64, num_validation=620, steps=2, batch_size=8, eval_every=2, workers=1),

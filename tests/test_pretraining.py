@@ -63,7 +63,7 @@ def test_an_autoencoder_stops_early_and_its_decoder_goes_on(data):
     assert not torch.equal(vae.decoder.conv_in.weight, decoder)
 
 
-def test_tour(tmp_path, run_again):
+def test_tour(warm, tmp_path, run_again):
     done = run(run_again("tour"), tmp_path, num_images=80, num_samples=8, steps=3, workers=1)
     summary = json.loads((done.dir / "summary.json").read_text())
     assert summary["problems"] == 0 and summary["clip_object"] > 0.85
@@ -71,7 +71,7 @@ def test_tour(tmp_path, run_again):
     assert figures >= {"world.png", "bayes.png", "painted.png"}
 
 
-def test_pretraining(tmp_path):
+def test_pretraining(warm, tmp_path):
     tiny = dict(num_images=64, num_validation=32, eval_every=2, workers=1)
     clip = run("pretrain_clip", tmp_path, steps=2, batch_size=8, **tiny)
     _, tokenizer = load_clip(clip.dir / "clip")

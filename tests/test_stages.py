@@ -41,6 +41,7 @@ DATA = dict(num_train=48, num_val=24, num_test=24, seed=0)
 SHORT = dict(seed=0, steps=4, eval_every=4, num_queries=2)
 FIRST = settings_of(UnderstandingConfig.preset("mini", **SHORT, epochs=None, batch_size=16))
 SECOND = settings_of(JointConfig.preset("mini", **SHORT, batch_size=8, warm_start=4))
+pytestmark = pytest.mark.usefixtures("warm")
 TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_threads=1)
 
 

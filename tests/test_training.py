@@ -1,6 +1,5 @@
 "The trainer and both stages under SIGKILL, in two processes, and what they must not do."
 
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from warm import processes
 
 from uniemo.data.splits import open_splits
 from uniemo.joint import JointConfig, train_joint
@@ -38,8 +38,6 @@ from uniemo.understanding import (
 
 # how many random moments are tried
 KILLS = int(os.environ.get("UNIEMO_KILLS", 3))
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["uniemo.joint", "uniemo.mini.splits"])
 
 
 class Points(Dataset):

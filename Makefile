@@ -1,4 +1,4 @@
-# `make run` and `make test` need only Python 3.11-3.13, git and make: they make .venv, install into it, and go on.
+# `make run` and `make test` need only Python 3.11-3.14, git and make: they make .venv, install into it, and go on.
 PYTHON ?= python3
 VENV ?= .venv
 JOB ?= quickstart
@@ -12,7 +12,10 @@ DEMO := gradio gradio_client hf-gradio brotli fastapi groovy opentelemetry-api o
 # experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
 SKIP := ^([_.]|experiments$$|benchmarks$$)
 
-.PHONY: help run test style test-kill gpu fuzz env hooks docs readme prepare benchmarks fullsize pretrain dist clean
+# what `make lowest` runs: it needs nothing but the package and pytest
+LIGHT := tests/test_queries.py tests/test_conditioning.py tests/test_correlation.py tests/test_filtering.py
+
+.PHONY: help run test style test-kill lowest gpu fuzz env hooks docs readme prepare benchmarks fullsize pretrain dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,7 +23,7 @@ help: ## this list
 
 env: $(STAMP) ## make .venv and install; does nothing where settings.ini, setup.py and constraints.txt are unchanged
 $(STAMP): settings.ini setup.py constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"uniemo needs Python 3.11 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else f"uniemo needs Python 3.11 to 3.14, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@# open_clip_torch is here for its vocabulary file alone, which a test reads: its requirements would replace torch
@@ -48,6 +51,11 @@ style: env ## ruff: format and rules, over notebooks, package, tests
 
 test-kill: env ## twenty trainings killed at a random moment and resumed, each must end bit for bit as an unbroken one
 	UNIEMO_KILLS=20 python -m pytest tests/test_training.py -k random_moment
+
+lowest: ## the least versions that settings.ini allows, in .venv-lowest, and the light tests with them (with CUDA's libraries 3 GB)
+	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e . pytest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q $(LIGHT)
 
 gpu: env ## one accelerator, some minutes: quickstart, full-size steps, equality, speeds (without one: a dry run)
 	python tests/gpu.py

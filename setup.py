@@ -13,7 +13,7 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 versions = [
     o
-    for o in ["3.11", "3.12", "3.13"]
+    for o in ["3.11", "3.12", "3.13", "3.14"]
     if tuple(map(int, o.split("."))) >= tuple(map(int, cfg["min_python"].split(".")))
 ]
 statuses = [

@@ -81,7 +81,8 @@ class Understanding:
         warnings.warn(
             f"{self.unlike.sum()} of {len(self)} images are unlike what this model was trained "
             f"on{known}: what it says of them means little",
-            stacklevel=3,
+            # the line that asked, behind `understand` and torch's `no_grad`
+            stacklevel=4,
         )
 
     def to_pandas(self) -> pd.DataFrame:

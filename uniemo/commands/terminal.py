@@ -94,6 +94,7 @@ def is_watched(
     return not quiet and sys.stderr.isatty()
 
 
+# %% ../../nbs/commands/terminal.ipynb #cd2deba2
 @contextmanager
 def working(
     said: str,  # what is being done
@@ -109,6 +110,7 @@ def working(
         yield
 
 
+# %% ../../nbs/commands/terminal.ipynb #63f23360
 @contextmanager
 def silent_libraries() -> Iterator[None]:
     "While inside, transformers and diffusers say errors only, and show no bars while loading."

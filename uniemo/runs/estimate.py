@@ -31,7 +31,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,7 +68,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        # most operations give one tensor
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor.untyped_storage())
         return out
@@ -86,6 +87,12 @@ class MemoryTracker(TorchDispatchMode):
     def drop(self, size: int):
         "Take a piece of storage off the count."
         self.now -= size
+
+    def hold_gradients(self, parameters: Iterable[nn.Parameter]):
+        "Gradients as an earlier pass left them."
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+            self.held.add(parameter.grad.untyped_storage())
 
     @contextmanager
     def watch(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -122,6 +129,7 @@ def random_batch(
     return batch | {name: torch.zeros(size) for name in ratings}
 
 
+# %% ../../nbs/runs/estimate.ipynb #63328ff2
 def train_step(
     stage: nn.Module,  # an `UnderstandingStage` or a `JointStage`
     batch: Callable[[], dict],  # makes the batch of a pass
@@ -133,11 +141,12 @@ def train_step(
     stage.train()
     memory = MemoryTracker(stage)
     with memory, memory.watch(trained):
-        for _ in range(min(passes, 2)):
-            with torch.autocast("cpu", dtype) if dtype else nullcontext():
-                loss = stage(batch())["loss"]
-            (loss.float() / passes).backward()
-            del loss
+        if passes > 1:
+            memory.hold_gradients(trained)
+        with torch.autocast("cpu", dtype) if dtype else nullcontext():
+            loss = stage(batch())["loss"]
+        (loss.float() / passes).backward()
+        del loss
     memory.sizes.clear()
     for parameter in trained:
         parameter.grad = None
@@ -196,17 +205,19 @@ class Job:
         return self.diffusion or ("mini" if config.backbone == "mini" else SD)
 
 
+# %% ../../nbs/runs/estimate.ipynb #924d631e
 class Unfilled(TorchFunctionMode):
     "Within this context new weights are left as they are: without memory they have no values."
 
     fillers = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.zero_, torch.Tensor.fill_}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.fillers:
+        if func in self.fillers and isinstance(args[0], FakeTensor):
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
+# %% ../../nbs/runs/estimate.ipynb #de7bc419
 @contextmanager
 def fake_tensors(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     "While inside, tensors have no memory, and new weights this type."
@@ -235,7 +246,8 @@ def _measure_generation(config, job, dtypes):
 def _painting(config, job, dtype):
     "Part -> (parameters, bytes) of generation."
     with fake_tensors(dtype or torch.float32):
-        parts = build_parts(config, job.diffusion_of(config), job.names)
+        with Unfilled():
+            parts = build_parts(config, job.diffusion_of(config), job.names)
         work = generate_step(parts, job.num_images)
         rows = {name: _size(module) for name, module in parts.modules().items()}
     return rows | dict(optimiser=(0, 0), gradients=(0, 0), activations=(0, work))
@@ -267,8 +279,9 @@ def _larger_stage(config, parts, name, frozen):
 def _larger_painting(config, job, dtype):
     "Part -> (parameters, bytes) of generation with a larger pipeline."
     with fake_tensors(dtype or torch.float32):
-        parts = build_parts(config, None, job.names)
-        pipe = build_pipeline(job.diffusion)
+        with Unfilled():
+            parts = build_parts(config, None, job.names)
+            pipe = build_pipeline(job.diffusion)
         parts.mapper = larger_mapper(parts.encoder, pipe)
         networks = _networks(parts, pipe)
         memory = MemoryTracker(*networks.values())
@@ -285,12 +298,14 @@ def _training_stage(config, job, frozen):
     joint = isinstance(config, JointConfig)
     diffusion = job.diffusion_of(config) if joint else None
     larger = joint and is_larger(diffusion)
-    parts = build_parts(config, None if larger else diffusion, job.names, frozen)
-    if larger:
-        return _larger_stage(config, parts, diffusion, frozen)
+    with Unfilled():
+        parts = build_parts(config, None if larger else diffusion, job.names, frozen)
+        if larger:
+            return _larger_stage(config, parts, diffusion, frozen)
     return _stage_of(config, parts), parts.modules()
 
 
+# %% ../../nbs/runs/estimate.ipynb #68d01634
 def _step_rows(stage, networks, config, job, dtype):
     "Part -> (parameters, bytes) of one step of a stage."
     images, passes = split_batch(config.batch_size, config.micro_batch, job.processes)
@@ -312,6 +327,7 @@ def _step_rows(stage, networks, config, job, dtype):
     return rows | dict(activations=(0, work))
 
 
+# %% ../../nbs/runs/estimate.ipynb #bfaa6f5f
 def _measure_training(config, job, dtypes):
     "Of each precision: part -> (parameters, bytes) of a step of stage 1 or 2."
     found = []

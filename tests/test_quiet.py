@@ -1,0 +1,83 @@
+"What is in order says nothing: standard error of the main ways, each in a process of its own."
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+IN_PYTHON = """
+from diffusers.utils import logging as of_diffusers
+from transformers.utils import logging as of_transformers
+
+# bars are progress, which is shown while it lasts
+of_diffusers.disable_progress_bar()
+of_transformers.disable_progress_bar()
+
+from uniemo import UniEmoPipeline
+
+pipe = UniEmoPipeline.from_pretrained("mini")
+pipe.set_progress_bar_config(disable=True)
+made = pipe.generate("awe", num_images=1, num_inference_steps=2, seed=0)
+made.save("pictures")
+print(len(pipe.understand(made.images).to_pandas()))
+
+from uniemo.mini.splits import paint_splits
+from uniemo.understanding import UnderstandingConfig, train_understanding
+
+splits = paint_splits(16, 8, 8)
+config = UnderstandingConfig.preset("mini", steps=1, batch_size=8)
+print(len(train_understanding(splits, config, progress=False).metrics) > 0)
+"""
+
+IN_A_SHELL = """
+import sys
+
+from uniemo.runs.cli import main
+
+asked = [
+    ["generate", "awe", "-n", "1", "--out", "pictures"],
+    ["understand", "pictures"],
+    ["estimate", "mini", "-s", "understanding"],
+]
+sys.exit(max(main(arguments) for arguments in asked))
+"""
+
+
+# what a picture of two steps deserves to hear, with the line that asked
+UNLIKE = re.compile(r".*Warning: 1 of 1 images are unlike .*\n(  .*\n)?")
+
+
+def run(code, folder):
+    "Standard output of a script; standard error is empty."
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert UNLIKE.sub("", done.stderr) == ""
+    return done.stdout
+
+
+def test_the_library_says_nothing_of_what_is_in_order(tmp_path):
+    assert run(IN_PYTHON, tmp_path).split() == ["1", "True"]
+
+
+def test_the_command_says_nothing_of_what_is_in_order(tmp_path):
+    said = run(IN_A_SHELL, tmp_path)
+    assert "activations" in said
+    assert list((tmp_path / "pictures").glob("*.png"))
+
+
+def test_a_real_warning_is_said(tmp_path):
+    "The filters hide no warning of the project."
+    code = "import warnings, uniemo; warnings.warn('the labels are skewed')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "the labels are skewed" in done.stderr

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         wilson_lower,
         write_splits,
     )
+    from .claims import decide_claims
     from .convert import (
         AUTHORS_FILES,
         AUTHORS_SPACE,
@@ -126,6 +127,7 @@ _rooms = {
         "wilson_lower",
         "write_splits",
     ],
+    "claims": ["decide_claims"],
     "convert": [
         "AUTHORS_FILES",
         "AUTHORS_SPACE",

@@ -58,6 +58,12 @@ def first_seeds(
 
 
 # %% ../../nbs/measure/cells.ipynb #5b56d996
+def _checked(cell):
+    "What a line must hold."
+    return {name: cell[name] for name in ("arm", "size", "seed", "values", "key")}
+
+
+# %% ../../nbs/measure/cells.ipynb #c44ee697
 class CellFile:
     "Finished cells of one key in a file of JSON lines."
 
@@ -67,6 +73,12 @@ class CellFile:
         key: str = "",  # what the cells depend on beside arm, size and seed
     ):
         self.path, self.key = Path(path), key
+
+    @classmethod
+    def newest(cls, path: str | Path) -> "CellFile":
+        "The file with the key of its last line: what was made last."
+        cells = cls(path).read()
+        return cls(path, cells[-1]["key"] if cells else "")
 
     def read(self) -> list[dict]:
         "All lines of the file; one that was cut off in writing is left out."
@@ -114,10 +126,6 @@ class CellFile:
             line = json.dumps(dict(cell, key=self.key, seconds=round(seconds, 1))) + "\n"
             f.write(line.encode())
             f.flush()
-
-
-def _checked(cell):
-    return {name: cell[name] for name in ("arm", "size", "seed", "values", "key")}
 
 
 # %% ../../nbs/measure/cells.ipynb #6e237c4a

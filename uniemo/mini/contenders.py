@@ -98,7 +98,7 @@ class Contest:
     num_val: int = 400
     num_test: int = 10_000
     # of the optimiser for 300 images; others by the square root of their number
-    steps: int = 120
+    steps: int = 240
 
     @cached_property
     def splits(self) -> EmotionSplits:

@@ -43,6 +43,7 @@ from typer.main import get_command
 import uniemo
 from .. import runs
 from ..commands.annotation import annotate
+from ..commands.claims import decide_claims
 from ..commands.convert import convert_files
 from ..commands.doctor import check_data, diagnose
 from ..commands.photos import understand
@@ -160,6 +161,7 @@ EVERYDAY = dict(
     annotate=annotate,
     convert=convert_files,
     doctor=diagnose,
+    claims=decide_claims,
 )
 EXAMPLES = dict(
     understand=(
@@ -182,6 +184,11 @@ EXAMPLES = dict(
     convert=(
         "uniemo convert authors/ --out mine",
         "uniemo convert mine --to authors --out theirs",
+    ),
+    claims=(
+        "uniemo claims",
+        "uniemo claims --run --seeds 2 --minutes 45",
+        "uniemo claims --run --own mine.py:method",
     ),
     doctor=("uniemo doctor",),
 )

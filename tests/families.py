@@ -7,6 +7,8 @@ with what the trials say.
 import csv
 import inspect
 import sys
+import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import torch
+from diffusers import PipelineQuantizationConfig
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from tiny_pipelines import BUILDERS, build, unet
@@ -21,6 +24,7 @@ from transformers import ViTConfig, ViTModel
 
 from uniemo.backbones import Backbone
 from uniemo.correlation import AttributeRetriever, CorrelationTable
+from uniemo.diffusion.denoisers import denoiser_of
 from uniemo.diffusion.families import build_mapper
 from uniemo.emotions import MIKELS
 from uniemo.fusion import PseudoWordMapper
@@ -130,14 +134,14 @@ def sibling(pipe, family, ending, **more):
     return made
 
 
-def control_net(pipe, family):
+def control_net(pipe, family, **more):
     "A random ControlNet for a pipeline's denoiser."
     model = getattr(pipe, denoiser(pipe))
     small = dict(conditioning_embedding_out_channels=(4,))
     kinds = {
         "Stable Diffusion 1.x and 2.x": lambda: diffusers.ControlNetModel.from_unet(model, **small),
         "Stable Diffusion XL": lambda: diffusers.ControlNetModel.from_unet(model, **small),
-        "Stable Diffusion 3": lambda: of_config(diffusers.SD3ControlNetModel, model),
+        "Stable Diffusion 3": lambda: of_config(diffusers.SD3ControlNetModel, model, **more),
         "FLUX.1": lambda: of_config(diffusers.FluxControlNetModel, model),
         "Sana": lambda: of_config(diffusers.SanaControlNetModel, model),
     }
@@ -151,10 +155,10 @@ def control_net(pipe, family):
     return net.eval()
 
 
-def of_config(kind, model):
+def of_config(kind, model, **more):
     "A model of another kind with the settings of `model`, as far as it knows them."
     known = inspect.signature(kind.__init__).parameters
-    return kind(**{k: v for k, v in model.config.items() if k in known})
+    return kind(**{k: v for k, v in model.config.items() if k in known}, **more)
 
 
 # ---- the trials: each returns whether it went as it should
@@ -231,6 +235,37 @@ def with_control_net(pipe, family):
     return differ(made, **call) and largest_difference(strong, weak) > 0
 
 
+def masked_control_net(pipe, family):
+    "A ControlNet beside a mask: both are told of, and what the mask leaves stays."
+    if family not in MASKED:
+        raise NotThere("ControlNet with a mask")
+    ending, settings_of_net = MASKED[family]
+    net = control_net(pipe, family, **settings_of_net)
+    narrow_posterior(pipe.vae)
+    made = sibling(pipe, family, ending, controlnet=net)
+    half = Image.new("L", PHOTO.size)
+    half.paste(255, (0, 0, 32, 16))
+    call = call_settings(made, image=PHOTO, control_image=PHOTO, strength=1.0)
+    call |= call_settings(made, mask_image=half, control_mask=half)
+    words = emotion_words(made).attach(made)
+    scales = [dict(controlnet_conditioning_scale=scale) for scale in (1.0, 0.0)]
+    strong, weak = (words.generate("awe", 1, **call, **scale).images for scale in scales)
+    call |= call_settings(made, mask_image=MASK, control_mask=MASK)
+    whole = words.generate("awe", 1, **call, **scales[0]).images
+    words.detach()
+    told = largest_difference(strong, weak) > 0 and largest_difference(strong, whole) > 0
+    return told and differ(made, **call)
+
+
+# the ending of the pipeline's name, what its ControlNet needs
+MASKED = {
+    "Stable Diffusion 1.x and 2.x": ("ControlNetInpaint", {}),
+    "Stable Diffusion XL": ("ControlNetInpaint", {}),
+    "Stable Diffusion 3": ("ControlNetInpainting", dict(extra_conditioning_channels=1)),
+    "FLUX.1": ("ControlNetInpaint", {}),
+}
+
+
 def adapter_of(model):
     "A random IP-Adapter for a U-Net, as its file holds it: one image token of width 8."
     torch.manual_seed(9)
@@ -297,6 +332,45 @@ def offloaded(pipe, family):
     plain = words.generate("awe", 2, **settings).images
     pipe.enable_model_cpu_offload(device="cpu")
     return largest_difference(words.generate("awe", 2, **settings).images, plain) == 0
+
+
+def reloaded(pipe, load=diffusers.DiffusionPipeline.from_pretrained.__func__, **how):
+    "A pipeline as it is read from its folder."
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = load(type(pipe), folder, **how)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def in_eight_bits(part, config=None):
+    "What diffusers is told to load a pipeline with one quantised part."
+    with warnings.catch_warnings():
+        # diffusers means to leave quanto behind
+        warnings.simplefilter("ignore")
+        config = config or diffusers.QuantoConfig(weights_dtype="int8")
+    return dict(quantization_config=PipelineQuantizationConfig(quant_mapping={part: config}))
+
+
+def conditions(pipe, emotion="awe"):
+    "What a denoiser would read of a prompt with a word."
+    words = emotion_words(pipe).attach(pipe)
+    with words(emotion, seed=3), torch.no_grad():
+        found = denoiser_of(pipe).encode(["<emotion> castle"], "cpu")
+    words.detach()
+    return list(found.values())
+
+
+def quantised(pipe, family):
+    "A denoiser of 8 bits reads the very words that the plain one reads, and paints with them."
+    part = denoiser(pipe)
+    made = reloaded(pipe, **in_eight_bits(part))
+    kinds = {type(layer).__name__ for layer in getattr(made, part).modules()}
+    pairs = zip(conditions(pipe), conditions(made), strict=True)
+    same = all(torch.equal(torch.cat([*a]), torch.cat([*b])) for a, b in pairs)
+    return "QLinear" in kinds and same and differ(made)
 
 
 def compiled_denoiser(pipe, family):
@@ -382,7 +456,7 @@ def stage_and_batch(pipe, text, mapper=None, **changes):
     retriever = AttributeRetriever(CorrelationTable(**rows, emotions=MIKELS), *text.values())
     torch.manual_seed(6)
     made = build_mapper(16, pipe, separate=True, **(mapper or {}))
-    stage = stage_for(pipe, config)(tiny_encoder(), made, retriever, pipe, config, text)
+    stage = stage_for(pipe)(tiny_encoder(), made, retriever, pipe, config, text)
     torch.manual_seed(7)
     batch = dict(
         pixel_values=torch.randn(2, 3, 64, 64),
@@ -420,9 +494,11 @@ ABILITIES = [
     Ability("image to image", image_to_image),
     Ability("inpainting", inpainting),
     Ability("ControlNet", with_control_net),
+    Ability("ControlNet and mask", masked_control_net),
     Ability("IP-Adapter", ip_adapter),
     Ability("LoRA", lora),
     Ability("CPU offload", offloaded),
+    Ability("8 bits", quantised),
     Ability("compiled denoiser", compiled_denoiser),
     Ability("few steps", few_steps),
     Ability("training", training),

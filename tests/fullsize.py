@@ -1,8 +1,11 @@
 """`make fullsize`: the paper's models in full size, with random weights, on photographs.
 
 Two joint steps at batch 1 and one generation in three steps, each in a process of its own. Prints
-what the operating system measured beside the estimate, and writes it to fullsize.json.
-`python tests/fullsize.py --config mini` is the same with small models.
+what the operating system measured beside the estimate, and writes it to fullsize.json. Then one
+joint step against a pipeline of SDXL's size, where the estimate stays below the limit and fits the
+machine; else the figure is said, and the step is left out.
+`python tests/fullsize.py --config mini` is the same with small models, without SDXL;
+`--only sdxl` is that step alone.
 """
 
 import argparse
@@ -56,12 +59,16 @@ def build(config, diffusion):
 def joint(config, diffusion, steps):
     "Joint steps by the trainer: seconds of each, and the last loss."
     from uniemo.joint import JointStage
-    from uniemo.train.callbacks import Callback
-    from uniemo.train.trainer import Trainer
 
     p = build(config, diffusion)
-    c = p.encoder.config
     stage = JointStage(p.encoder, p.mapper, p.retriever, p, config, p.text)
+    return timed(stage, p.encoder.config, config)
+
+
+def timed(stage, c, config):
+    "Train a stage on photographs: seconds of each step, and the last loss."
+    from uniemo.train.callbacks import Callback
+    from uniemo.train.trainer import Trainer
 
     class Clock(Callback):
         def before_fit(self, t):
@@ -77,6 +84,23 @@ def joint(config, diffusion, steps):
         seconds=[b - a for a, b in zip(clock.times, clock.times[1:])],
         loss=trainer.history[-1]["loss"],
     )
+
+
+def sdxl(config, diffusion, steps):
+    "Joint steps against a pipeline of SDXL's size: seconds of each, and the last loss."
+    import torch
+
+    from uniemo.joint import PipelineStage
+    from uniemo.runs.larger import build_pipeline, larger_mapper
+    from uniemo.runs.parts import build_parts, build_retriever
+
+    torch.manual_seed(0)
+    parts = build_parts(config)
+    pipe = build_pipeline(diffusion)
+    mapper = larger_mapper(parts.encoder, pipe)
+    retriever = build_retriever(config, parts.text)
+    stage = PipelineStage(parts.encoder, mapper, retriever, pipe, config, parts.text)
+    return timed(stage, parts.encoder.config, config)
 
 
 def generation(config, diffusion, steps):
@@ -154,10 +178,12 @@ def child(args):
     torch.set_num_threads(args.threads)
     program = peak()
     start = time.perf_counter()
-    config = configured(args.config)
-    out = dict(joint=joint, generation=generation)[args.child](
-        config, args.diffusion, 2 if args.child == "joint" else 3
-    )
+    changes, diffusion = {}, args.diffusion
+    if args.child == "sdxl":
+        changes, diffusion = SDXL, "sdxl"
+    config = configured(args.config, **changes)
+    run = dict(joint=joint, generation=generation, sdxl=sdxl)[args.child]
+    out = run(config, diffusion, 2 if args.child == "joint" else 3)
     print(json.dumps(dict(out, program=program, peak=peak(), total=time.perf_counter() - start)))
 
 
@@ -169,6 +195,8 @@ def main(args):
 
     from uniemo.runs.estimate import estimate
 
+    if args.only == "sdxl":
+        return 0 if larger(args) else 1
     rows, ok = [], True
     for stage, steps in (("joint", 2), ("generation", 3)):
         t = estimate(
@@ -186,26 +214,7 @@ def main(args):
                 f"{stage} needs about {expected:.1f} GB, {free:.1f} GB are free: "
                 "close something first"
             )
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            stage,
-            "--threads",
-            str(args.threads),
-            "--config",
-            args.config,
-            *(["--diffusion", args.diffusion] if args.diffusion else []),
-        ]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            sys.exit(f"{stage} failed:\n{done.stderr[-3000:]}")
-        m = json.loads(done.stdout.splitlines()[-1])
+        m = measured(args, stage)
         s = m["seconds"]
         rows.append(
             {
@@ -225,10 +234,13 @@ def main(args):
             {k: m[k] for k in ("loss", "size", "deviation") if k in m},
             flush=True,
         )
+    found = {} if args.config == "mini" else larger(args)
+    ok &= found is not None
     if args.out:
         Path(args.out).write_text(
             json.dumps(
                 dict(
+                    sdxl=found,
                     config=args.config,
                     threads=args.threads,
                     torch=torch.__version__,
@@ -249,9 +261,53 @@ def main(args):
     return 0 if ok else 1
 
 
+# half of SDXL's side, so that it fits; what is between is computed twice
+SDXL = dict(vae_size=512, gradient_checkpointing=True, steps=1)
+
+
+def larger(args):
+    "The step of SDXL's size: what was measured, or why it was left out; None: outside its limits."
+    import psutil
+
+    from uniemo.runs.estimate import estimate
+
+    config = configured("paper", **SDXL)
+    how = dict(diffusion="sdxl", device="cpu")
+    expected = float(estimate(config, ("joint",), ("fp32",), **how)["fp32 GB"].iloc[-1])
+    free = psutil.virtual_memory().available / 1e9
+    row = {"side": SDXL["vae_size"], "estimated GB": round(expected, 2)}
+    most = min(LIMIT / 1e9, free / 1.2)
+    if expected > most:
+        row["left out"] = f"{expected:.1f} GB are needed, and at most {LIMIT / 1e9:.0f} are used"
+        if expected <= LIMIT / 1e9:
+            row["left out"] = f"{expected:.1f} GB are needed, and {free:.1f} GB are free"
+        print("a step of SDXL's size:", row["left out"], flush=True)
+        return row
+    m = measured(args, "sdxl")
+    row |= {"peak GB": round(m["peak"] / 1e9, 2), "seconds a step": round(m["seconds"][-1], 1)}
+    row["off by"] = f"{expected / m['peak'] * 1e9 - 1:+.0%}"
+    print("a step of SDXL's size:", row, dict(loss=m["loss"]), flush=True)
+    near = abs(expected * 1e9 / m["peak"] - 1) <= 0.2
+    return row if near and m["peak"] < LIMIT else None
+
+
+def measured(args, stage):
+    "What a child process says of a stage."
+    command = [sys.executable, __file__, "--child", stage, "--threads", str(args.threads)]
+    command += ["--config", args.config]
+    if args.diffusion:
+        command += ["--diffusion", args.diffusion]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{stage} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--child", choices=["joint", "generation"])
+    p.add_argument("--child", choices=["joint", "generation", "sdxl"])
+    p.add_argument("--only", choices=["sdxl"])
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--config", default="paper")
     p.add_argument("--diffusion")

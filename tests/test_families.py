@@ -6,6 +6,7 @@ import re
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.loaders import IPAdapterMixin, StableDiffusionLoraLoaderMixin
 from families import (
@@ -14,10 +15,14 @@ from families import (
     PHOTO,
     STAGE,
     adapter_of,
+    conditions,
     control_net,
+    differ,
     emotion_words,
+    in_eight_bits,
     outcome,
     read_table,
+    reloaded,
     sibling,
     tiny_encoder,
 )
@@ -30,6 +35,7 @@ from uniemo.joint import JointConfig
 from uniemo.mini.splits import paint_splits
 from uniemo.pipeline import UniEmoPipeline
 from uniemo.queries import ExpertQueryModel
+from uniemo.towers import text_towers
 from uniemo.words import EmotionWords
 
 torch.set_num_threads(1)
@@ -101,7 +107,10 @@ def stand_ins(monkeypatch):
         pipe = build(MODELS[name])
         if hasattr(pipe, "default_sample_size"):
             pipe.default_sample_size = 32
-        return sibling(pipe, MODELS[name], "ControlNet", **parts) if parts else pipe
+        if "quantization_config" in parts:
+            return reloaded(pipe, **parts)
+        ending = cls.__name__.removeprefix("StableDiffusion").removesuffix("Pipeline")
+        return sibling(pipe, MODELS[name], ending, **parts) if parts else pipe
 
     def load_ip_adapter(pipe, name, subfolder, weight_name):
         pipe.unet._load_ip_adapter_weights([adapter_of(pipe.unet)])
@@ -179,3 +188,21 @@ def test_every_snippet_of_the_page_runs(stand_ins, small_training):
         exec(compile(code, "own_pipeline.ipynb", "exec"), names)
         if "EmotionWords.from_pretrained" in code or "images" in code:
             assert len(names["images"]) and names["images"][0].size[0] >= 32, code
+
+
+# ---- quantised text encoders
+
+
+@pytest.mark.parametrize("family", ["Stable Diffusion 1.x and 2.x", "FLUX.1"])
+def test_words_in_a_quantised_text_encoder(family):
+    "In 8 bits a prompt with a word moves by little, and far less than another emotion moves it."
+    plain = build(family)
+    part = text_towers(plain)[-1].name
+    made = reloaded(plain, **in_eight_bits(part, transformers.QuantoConfig(weights="int8")))
+    kinds = {type(layer).__name__ for layer in getattr(made, part).modules()}
+    assert "QLinear" in kinds
+    for awe, fear, rounded in zip(conditions(plain), conditions(plain, "fear"), conditions(made)):
+        assert rounded.isfinite().all()
+        moved, other = (rounded - awe).norm(), (fear - awe).norm()
+        assert moved < 0.2 * awe.norm() and moved < other
+    assert differ(made)

@@ -9,7 +9,8 @@ from tiny_pipelines import BUILDERS, build
 
 from uniemo.diffusion.denoisers import denoiser_of
 from uniemo.diffusion.families import save_lora
-from uniemo.joint import JointConfig, JointStage, PipelineStage, stage_for, train_joint
+from uniemo.diffusion.warm import warm_start
+from uniemo.joint import JointConfig, JointStage, PipelineStage, train_joint
 from uniemo.mini.splits import paint_splits
 from uniemo.space import fit_space
 from uniemo.towers import text_towers
@@ -191,12 +192,27 @@ def test_half_precision_of_what_is_frozen(text):
     assert stage.mapper.more_heads[1]["class"].weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_a_warm_start_brings_every_towers_words_to_the_names(family, world, text):
+    pipe = build(family)
+    before = weights(pipe)
+    stage, batch = stage_and_batch(pipe, text, warm_start=40)
+    old = {name: value.clone() for name, value in stage.mapper.named_parameters()}
+    first = stage_and_batch(build(family), text, warm_start=40)[0]
+    far, _ = warm_start(first, [batch], world.names, steps=2, lr=1e-6, batch_size=4)
+    near, reading = warm_start(stage, [batch], world.names, steps=40, lr=1e-2, batch_size=4)
+    # 1. towards the names and towards the captions, for the words of every tower
+    assert near < far and torch.tensor([near, reading]).isfinite().all()
+    heads = [n for n in old if n.endswith("weight")]
+    moved = [n for n, p in stage.mapper.named_parameters() if not torch.equal(p, old[n])]
+    assert set(heads) <= set(moved)
+    # 2. what is frozen is as it was
+    after = weights(pipe)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_what_is_refused(text):
-    pipe = build("Stable Diffusion XL")
-    config = JointConfig.preset("mini", **(STAGE | dict(warm_start=5)))
-    with pytest.raises(ValueError, match="set warm_start=0"):
-        stage_for(pipe, config)
     with pytest.raises(ValueError, match="more_token_sizes must be"):
-        stage_and_batch(pipe, text, dict(more_token_sizes=[7]))
+        stage_and_batch(build("Stable Diffusion XL"), text, dict(more_token_sizes=[7]))
     with pytest.raises(ValueError, match="lora_rank"):
         JointConfig.preset("mini", lora_rank=-1)

@@ -1,11 +1,11 @@
 "Fixtures that several tests use."
 
-import os
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from warm import fork_kernel
+from warm import WARM_START, fork_kernel
 
 from uniemo.runs import find_notebook
 
@@ -25,9 +25,15 @@ def shared():
 @pytest.fixture
 def warm(monkeypatch):
     "Notebooks that are run get kernels which need not import torch anew."
-    if os.name == "posix":
+    if sys.platform == "linux":
         place = "jupyter_client.provisioning.local_provisioner.launch_kernel"
         monkeypatch.setattr(place, fork_kernel)
+
+
+@pytest.fixture
+def short_warm_start(warm, monkeypatch):
+    "Where an experiment has no parameter for it."
+    monkeypatch.setenv(WARM_START, "8")
 
 
 @pytest.fixture

@@ -221,7 +221,7 @@ def test_emoset_by_parameters_only(warm, tmp_path):
             max_kept=1,
             ratio=0.25,
             understanding_settings=tiny,
-            joint_settings=tiny,
+            joint_settings=dict(tiny, warm_start=8),
             num_threads=1,
             progress=False,
         ),

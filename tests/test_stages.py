@@ -318,7 +318,8 @@ def test_an_image_with_three_objects_is_one_image_of_its_scene():
 
 
 def test_joint_experiment(tmp_path):
-    params = dict(TINY, num_train=32, num_test=32, num_images=1)
+    short = dict(joint_settings=dict(warm_start=8))
+    params = dict(TINY, **short, num_train=32, num_test=32, num_images=1)
     run = start("joint", params, tmp_path, progress=False)
     assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
 
@@ -363,7 +364,7 @@ def test_quickstart(tmp_path, run_again):
     assert {"world.png", "generated.png", "filter.png", "story.png"} <= figures
 
 
-def test_quickstart_on_photographs(tmp_path, run_again):
+def test_quickstart_on_photographs(short_warm_start, tmp_path, run_again):
     table = photographs(tmp_path)
     params = dict(TINY, data=str(table), num_per_emotion=2, max_kept=2)
     run = start(run_again("quickstart"), params, tmp_path, progress=False)
@@ -388,11 +389,13 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
     assert not list((tmp_path / "runs").glob("*/stages"))
 
 
-def test_evaluate(tmp_path):
+def test_evaluate(short_warm_start, tmp_path):
     chosen = ["prompts, estimated table", "textual inversion, three tokens", "separate words"]
-    chosen += ["UniEmo", "space diagonal", "best of 4", "refined word"]
+    chosen += ["UniEmo", "space diagonal", "best of 2", "refined word, 1 steps"]
     seeds = dict(seeds=[0], implicit_seeds=[0])
-    params = dict(TINY, **seeds, variants=chosen, num_train=32, num_test=40, num_per_emotion=2)
+    say = dict(best_of=2, refine_steps=1)
+    few = dict(num_train=32, num_test=40, num_per_emotion=2)
+    params = dict(TINY, **seeds, **say, variants=chosen, **few)
     run = start("evaluate", params, tmp_path, progress=False)
     table = pd.read_csv(run.dir / "scores.csv")
     assert set(table.variant) == set(chosen)

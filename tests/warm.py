@@ -13,6 +13,9 @@ import time
 PRELOADED = ["uniemo.mini.stages", "uniemo.mini.regimes", "uniemo.pipeline", "uniemo.joint"]
 PRELOADED += ["uniemo.mini.splits", "uniemo.measure.theme", "ipykernel.kernelapp", "seaborn"]
 
+# steps of a warm start in these kernels: the mini preset's 600 are most of a tiny training
+WARM_START = "UNIEMO_TESTS_WARM_START"
+
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(PRELOADED)
 
@@ -23,6 +26,7 @@ def run_kernel(arguments, env, cwd):
     import matplotlib
     from ipykernel.kernelapp import IPKernelApp
 
+    from uniemo.joint import JointConfig
     from uniemo.measure.theme import SETTINGS
 
     os.environ.clear()
@@ -35,6 +39,8 @@ def run_kernel(arguments, env, cwd):
     small = {"figure.dpi": 25, "savefig.dpi": 25}
     SETTINGS.update(small)
     matplotlib.rcParams.update(small)
+    if WARM_START in env:
+        JointConfig.presets["mini"]["warm_start"] = int(env[WARM_START])
     sys.argv = ["ipykernel_launcher", *arguments]
     IPKernelApp.launch_instance()
 

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from uniemo import runs
 from uniemo.files.disk import FileError
+from uniemo.measure.cells import CellFile
 from uniemo.measure.claims import CLAIMS, EXAMPLE_CLAIMS, read_claims, read_seeds
 from uniemo.measure.intervals import difference
 from uniemo.measure.verdicts import (
@@ -17,6 +19,7 @@ from uniemo.measure.verdicts import (
     paired_p,
     plot_verdicts,
 )
+from uniemo.runs.cli import main
 
 
 def protocol_of(tmp_path, **changes):
@@ -213,3 +216,71 @@ def test_the_picture_tells_all_claims(tmp_path):
     ax = plot_verdicts(verdicts, protocol)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["queries", "fid"]
     assert "2 not tested" in ax.get_title(loc="left")
+
+
+# ---- from the shell
+
+
+def test_verdicts_of_finished_cells(tmp_path, capsys):
+    file = CellFile(tmp_path / "cells.jsonl", "some code")
+    claim = read_claims(CLAIMS).claims[0]
+    for seed in claim.seeds[:2]:
+        for k, arm in enumerate(claim.arms):
+            value = 0.5 + 0.1 * k + 0.001 * seed
+            file.add(arm, claim.primary.size, seed, {claim.primary.endpoint: value}, 1.0)
+    cells = str(file.path)
+    assert main(["claims", "--cells", cells, "--seeds", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"{2 * len(claim.arms)} cells" in said
+    assert main(["claims", "--cells", cells, "--seeds", "1"]) == 2
+
+
+SHORT = """
+status: not run
+world: "2.0"
+tuning_seeds: 0-9
+claims:
+  - name: head
+    claim: A head alone is enough.
+    source: this test
+    estimand: mean difference of accuracy over training seeds
+    primary: {endpoint: accuracy, arm: frozen head, against: Bayes of true names, size: 16}
+    positive_control: null
+    negative_control: null
+    seeds: [100, 101, 102]
+    decision: Accuracy is higher.
+"""
+
+OWN = """
+import torch
+
+
+def always_awe(contest):
+    "Logits that say awe of every test image."
+    count = len(contest.splits.tensor("test", "label"))
+    return contest.told(torch.eye(8)[2].expand(count, 8))
+"""
+
+
+def test_what_is_missing_is_made_once(tmp_path):
+    (tmp_path / "claims.yaml").write_text(SHORT)
+    (tmp_path / "mine.py").write_text(OWN)
+    given = dict(
+        claims_file=str(tmp_path / "claims.yaml"),
+        cells_file=str(tmp_path / "cells.jsonl"),
+        own=f"{tmp_path / 'mine.py'}:always_awe",
+        num_seeds=2,
+        num_test=24,
+        steps=4,
+    )
+    done = runs.start("claims", given, tmp_path / "runs", progress=False)
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    # two arms of the claim and one of one's own, two seeds each
+    assert len(lines) == 6
+    verdicts = pd.read_csv(done.dir / "verdicts.csv").set_index("claim")
+    assert verdicts.loc["head", "n"] == 2 and verdicts.loc["head", "difference"] < 0
+    beside = pd.read_csv(done.dir / "beside.csv")
+    assert set(beside.against) == {"Bayes of true names", "always_awe"}
+    # a second run finds all of them there
+    runs.start("claims", given, tmp_path / "runs", progress=False)
+    assert (tmp_path / "cells.jsonl").read_text().splitlines() == lines

@@ -57,6 +57,8 @@ from .files.shipped import shipped_folder
 from .fusion import PseudoWordMapper
 from .losses import similarity
 from .measure.novelty import NOVELTY, Novelty, output_features
+
+# %% ../nbs/11_pipeline.ipynb #2c353dc8
 from .queries import ExpertQueryModel, attention_maps
 from .results import Generated, Understanding
 from .sampling import Sampling, check_count, wish_of, wishes_of, without_words

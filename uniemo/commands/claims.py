@@ -54,6 +54,7 @@ def _interval(row):
     return f"{row.difference:.3f} [{row.low:.3f}, {row.high:.3f}]" if row.n > 1 else ""
 
 
+# %% ../../nbs/commands/claims.ipynb #9ddc1ec8
 def _make_missing(seeds, minutes, own, cells, quiet):
     "One run of the experiment *claims*."
     from uniemo import runs

@@ -251,6 +251,7 @@ def standardise(mapper, found: AnnotatedFeatures, spreads: list[torch.Tensor]):
             p *= spread
 
 
+# %% ../../nbs/diffusion/warm.ipynb #98721c9d
 def descend(
     stage: NamesStage,
     rows: dict,  # name -> [n, ...]

@@ -154,6 +154,7 @@ class Contest:
         return UnderstandingConfig.preset("mini", **{**chosen, **changes})
 
 
+# %% ../../nbs/mini/contenders.ipynb #ec92cce2
 LR_BACKBONE, LR_NEW = 1e-4, 2e-3  # chosen on seeds that do not report
 
 

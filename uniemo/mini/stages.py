@@ -74,6 +74,8 @@ from ..runs.parameters import Parameter, check_parameters
 from ..space import fit_space
 from ..train.batches import MemoryData
 from ..train.results import run_stage
+
+# %% ../../nbs/mini/stages.ipynb #d5eee489
 from uniemo.understanding import (
     ExtraImages,
     UnderstandingConfig,

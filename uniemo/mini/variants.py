@@ -136,6 +136,7 @@ def feedback_variants(
     return {names[key]: dict(feedback={key: value}) for key, value in asked.items() if value}
 
 
+# %% ../../nbs/mini/variants.ipynb #8dcef14d
 def choose_variants(
     names: list | None,  # None: all
     more: dict | None = None,  # of `feedback_variants`

@@ -163,6 +163,8 @@ EVERYDAY = dict(
     doctor=diagnose,
     claims=decide_claims,
 )
+
+# %% ../../nbs/runs/cli.ipynb #99d718d3
 EXAMPLES = dict(
     understand=(
         "uniemo understand photo.jpg",

@@ -172,6 +172,7 @@ def read_parts(
     return parts
 
 
+# %% ../../nbs/runs/larger.ipynb #0a7a3d68
 def tokenizers_of(name: str | Path, parts: dict) -> dict:
     "Of a folder its own; else stand-ins."
     made = {}

@@ -258,7 +258,7 @@ import torch
 def always_awe(contest):
     "Logits that say awe of every test image."
     count = len(contest.splits.tensor("test", "label"))
-    return contest.told(torch.eye(8)[2].expand(count, 8))
+    return contest.told(torch.eye(8)[1].expand(count, 8))
 """
 
 

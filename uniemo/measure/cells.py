@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..files.disk import FileError
+from ..files.disk import FileError, flush
 from .claims import Protocol
 
 # %% ../../nbs/measure/cells.ipynb #8f9db0c1
@@ -65,20 +65,23 @@ def _checked(cell):
 
 # %% ../../nbs/measure/cells.ipynb #c44ee697
 class CellFile:
-    "Finished cells of one key in a file of JSON lines."
+    "Finished cells in a file of JSON lines: of each arm those of its own key."
 
     def __init__(
         self,
         path: str | Path,
-        key: str = "",  # what the cells depend on beside arm, size and seed
+        key: str | Mapping[str, str] = "",  # what cells depend on beside size and seed, by arm
     ):
         self.path, self.key = Path(path), key
 
+    def key_of(self, arm: str) -> str | None:
+        "The key of an arm's cells; None where the arm has none."
+        return self.key if isinstance(self.key, str) else self.key.get(arm)
+
     @classmethod
     def newest(cls, path: str | Path) -> "CellFile":
-        "The file with the key of its last line: what was made last."
-        cells = cls(path).read()
-        return cls(path, cells[-1]["key"] if cells else "")
+        "The file with the key of each arm's last line: what was made last."
+        return cls(path, {cell["arm"]: cell["key"] for cell in cls(path).read()})
 
     def read(self) -> list[dict]:
         "All lines of the file; one that was cut off in writing is left out."
@@ -102,7 +105,7 @@ class CellFile:
         rows = [
             dict(arm=c["arm"], size=c["size"], seed=c["seed"], endpoint=name, value=value)
             for c in self.read()
-            if c["key"] == self.key
+            if c["key"] == self.key_of(c["arm"])
             for name, value in c["values"].items()
         ]
         columns = ["arm", "size", "seed", "endpoint", "value"]
@@ -112,7 +115,7 @@ class CellFile:
     @property
     def stale(self) -> int:
         "How many cells have another key."
-        return sum(cell["key"] != self.key for cell in self.read())
+        return sum(cell["key"] != self.key_of(cell["arm"]) for cell in self.read())
 
     def add(self, arm: str, size: int, seed: int, values: Mapping, seconds: float):
         "Write one cell down, on the disk before this returns."
@@ -123,9 +126,9 @@ class CellFile:
         kept = self.path.read_bytes() if self.path.exists() else b""
         with self.path.open("ab") as f:
             f.truncate(kept.rfind(b"\n") + 1)
-            line = json.dumps(dict(cell, key=self.key, seconds=round(seconds, 1))) + "\n"
-            f.write(line.encode())
-            f.flush()
+            line = json.dumps(dict(cell, key=self.key_of(arm), seconds=round(seconds, 1)))
+            f.write(f"{line}\n".encode())
+        flush(self.path)
 
 
 # %% ../../nbs/measure/cells.ipynb #6e237c4a

@@ -19,7 +19,7 @@ __all__ = [
     "another_start",
     "counted",
     "as_arms",
-    "contest_key",
+    "contest_keys",
     "own_contender",
 ]
 
@@ -236,18 +236,22 @@ def as_arms(
 
 
 # %% ../../nbs/mini/contenders.ipynb #4c8387e3
-def contest_key(
+def contest_keys(
     contenders: dict,  # name -> function of a `Contest`
     clip_folder: str | Path | None = None,  # None: the shipped one
     **settings,  # further ones of every `Contest`
-) -> str:
-    "Sixteen digits that change when a cell would come out differently."
+) -> dict[str, str]:
+    "name -> sixteen digits that change when this contender's cells would come out differently."
     settings = dict(world="2.0") | settings
     folder = Path(clip_folder or clip_folder_of(settings["world"]))
     weights = sha256(folder / "model.safetensors")
-    code = {name: source_hash(getattr(f, "func", f)) for name, f in contenders.items()}
-    told = json.dumps([settings, weights, sorted(set(code.values()))], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    keys = {}
+    for name, contender in contenders.items():
+        code = source_hash(getattr(contender, "func", contender))
+        given = getattr(contender, "keywords", {})
+        told = json.dumps([settings, weights, code, given], sort_keys=True, default=source_hash)
+        keys[name] = hashlib.sha256(told.encode()).hexdigest()[:16]
+    return keys
 
 
 # %% ../../nbs/mini/contenders.ipynb #40eb5cd7
@@ -264,7 +268,7 @@ def own_contender(
         )
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    # its source is asked for by `contest_key`
+    # its source is asked for by `contest_keys`
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "FAMILIES",
+    "WHOLE",
     "TEXT_TOWERS",
     "Family",
     "Clip",
@@ -14,6 +15,9 @@ __all__ = [
     "Siglip",
     "vision_model",
     "vision_config",
+    "NameProjection",
+    "own_projection",
+    "name_projection",
     "Backbone",
     "check_normalisation",
     "text_features",
@@ -26,19 +30,21 @@ import copy
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    CLIPModel,
     CLIPTextModelWithProjection,
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
     PretrainedConfig,
     PreTrainedModel,
+    SiglipModel,
     SiglipTextModel,
     SiglipVisionModel,
     ViTModel,
@@ -218,6 +224,43 @@ def vision_config(
     return config
 
 
+# %% ../nbs/02_backbones.ipynb #ed4833e6
+class NameProjection(NamedTuple):
+    "A foundation model's own map from class features to the space of its text features."
+
+    weight: Tensor  # W [d_text, d]
+    logit_scale: Tensor  # theta, a scalar
+
+
+def own_projection(model: nn.Module) -> NameProjection | None:
+    "The map of a whole CLIP or SigLIP; None for any other model."
+    if isinstance(model, CLIPModel):
+        weight = model.visual_projection.weight
+    elif isinstance(model, SiglipModel):
+        weight = torch.eye(model.config.vision_config.hidden_size)
+    else:
+        return None
+    return NameProjection(weight.detach(), model.logit_scale.detach().reshape(()))
+
+
+# %% ../nbs/02_backbones.ipynb #2370962b
+WHOLE = dict(clip=CLIPModel, siglip=SiglipModel)
+
+
+def name_projection(
+    name: str | Path,  # a folder or a hub id of a whole CLIP or SigLIP
+) -> NameProjection:
+    "The map of a pre-trained model, float32."
+    kind = _read_config(name).model_type
+    if kind not in WHOLE:
+        raise ValueError(
+            f"{name} is a model of type {kind!r}, which has no map from images to names of its "
+            f"own; known: {', '.join(WHOLE)}"
+        )
+    load = WHOLE[kind].from_pretrained
+    return own_projection(load_pretrained(load, name, foreign=r"(?!)", dtype=torch.float32))
+
+
 # %% ../nbs/02_backbones.ipynb #cell-11
 class Backbone:
     "A vision model of `transformers` as `embed`, `run` and `final`; owns no weights."
@@ -229,6 +272,8 @@ class Backbone:
         image_std: list[float] | None = None,
     ):
         self.text_dim = getattr(model.config, "projection_dim", None)
+        # a whole CLIP's or SigLIP's own map to its names; None: it has none, or was not read
+        self.projection = own_projection(model)
         kind = getattr(model.config, "model_type", None)
         if kind not in FAMILIES or type(model) is not FAMILIES[kind].model:
             model = vision_model(model)
@@ -416,7 +461,7 @@ def _resize(backbone, image_size):
     new.load_state_dict(weights)
     new.to(old.device, old.dtype).train(old.training)
     resized = Backbone(new, backbone.image_mean, backbone.image_std)
-    resized.text_dim = backbone.text_dim
+    resized.text_dim, resized.projection = backbone.text_dim, backbone.projection
     return resized
 
 

@@ -35,7 +35,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
-from .backbones import Backbone, check_normalisation
+from .backbones import Backbone, NameProjection, check_normalisation
 from .data.shares import drop_rows
 from .emotions import MIKELS
 from .files.weights import NO_WRAPPERS, load_pretrained
@@ -170,6 +170,7 @@ class ExpertQueryConfig(PretrainedConfig):
         head_width: int = 768,  # between W_1 and W_2; stage 2 compares words of this width
         head_dropout: float = 0.5,
         head_inputs: str = "class",  # "class": W_1 reads c; "all": [c, s, o]
+        read_out: str = "thirds",  # where s and o are read; "last": at the last layer (ours)
         image_mean: list[float] | None = None,  # a channel, in [0, 1]
         image_std: list[float] | None = None,
         class_names: list[str] | None = None,  # None: Mikels' emotions where there are eight
@@ -191,6 +192,7 @@ class ExpertQueryConfig(PretrainedConfig):
         self.head_width = head_width
         self.head_dropout = head_dropout
         self.head_inputs = head_inputs
+        self.read_out = read_out
         self.image_mean = image_mean
         self.image_std = image_std
         self.class_names = list(class_names) if class_names else None
@@ -206,6 +208,8 @@ class ExpertQueryConfig(PretrainedConfig):
             raise ValueError(
                 f"head_inputs must be 'class' (c) or 'all' ([c, s, o]), not {self.head_inputs!r}"
             )
+        if self.read_out not in ("thirds", "last"):
+            raise ValueError(f"read_out must be 'thirds' or 'last', not {self.read_out!r}")
         if not 0 <= self.num_queries <= MOST:
             raise ValueError(
                 f"num_queries must be 0 (the plain backbone) to {MOST}, not {self.num_queries}"
@@ -349,8 +353,9 @@ class ExpertQueryModel(PreTrainedModel):
         elif isinstance(module, (AffectHead, NamePrior)):
             module.reset_parameters()
         elif module is self and self.config.num_queries:
+            spread = 1.0 if self.config.read_out == "thirds" else NEAR
             for queries in (self.scene_queries, self.object_queries):
-                nn.init.normal_(queries)
+                nn.init.normal_(queries, std=spread)
             for projection in (self.scene_projection, self.object_projection):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
             for scale in (self.scene_logit_scale, self.object_logit_scale):
@@ -378,7 +383,10 @@ class ExpertQueryModel(PreTrainedModel):
             return self._answer(c, image)
         tokens, s, scene_attentions = self.read_scene(view, tokens)
         tokens, o, object_attentions = self.read_objects(view, tokens)
-        c, image = self.read_emotion(view, tokens)
+        tokens = tokens.run(view, self.split[1])
+        c, image = view.final(tokens.image)
+        if self.config.read_out == "last":
+            s, o = (view.final(group.mean(1, keepdim=True))[0] for group in tokens[1:])
         return self._answer(c, image, s, o, scene_attentions, object_attentions)
 
     def read_scene(self, view: Backbone, tokens: ChainTokens) -> tuple[ChainTokens, Tensor, Tensor]:
@@ -397,13 +405,14 @@ class ExpertQueryModel(PreTrainedModel):
         objects, attention = self.object_interaction(tokens.objects, tokens.image)
         return tokens._replace(objects=objects), objects.mean(1), attention
 
-    def read_emotion(self, view: Backbone, tokens: ChainTokens) -> tuple[Tensor, Tensor]:
-        "Last third: c is read, with the image's tokens."
-        return view.final(tokens.run(view, self.split[1]).image)
-
     def _expand(self, queries, tokens):
-        "Queries [n, d] -> [B, n, d] in the tokens' type."
-        return queries.to(tokens.image.dtype).expand(len(tokens.image), -1, -1)
+        "Queries [n, d] -> [B, n, d] in the tokens' type, as they join."
+        queries = queries.to(tokens.image.dtype).expand(len(tokens.image), -1, -1)
+        if self.config.read_out == "thirds":
+            return queries
+        # beside the class token, or where there is none, the mean of the patches
+        summary = tokens.image[:, :1] if self.view.has_cls else tokens.image.mean(1, keepdim=True)
+        return summary + queries
 
     def _answer(self, c, image, s=None, o=None, scene_attentions=None, object_attentions=None):
         inputs = torch.cat([c, s, o], 1) if self.config.head_inputs == "all" else c
@@ -435,6 +444,23 @@ class ExpertQueryModel(PreTrainedModel):
             text = F.normalize(getattr(self.name_prior, f"{kind}_text").float(), dim=-1)
             shares.append((scale * projected @ text.T).softmax(-1))
         return tuple(shares)
+
+    @torch.no_grad()
+    def start_names(
+        self,
+        projection: NameProjection,  # of the foundation model
+    ) -> "ExpertQueryModel":  # the same
+        "Let both kinds of names start from a foundation model's own map and temperature."
+        for kind in ("scene", "object"):
+            own = getattr(self, f"{kind}_projection").weight
+            if own.shape != projection.weight.shape:
+                raise ValueError(
+                    f"the map to the names has the shape {list(projection.weight.shape)}, and "
+                    f"the chain's {list(own.shape)}: set the model's `text_dim`"
+                )
+            own.copy_(projection.weight)
+            getattr(self, f"{kind}_logit_scale").copy_(projection.logit_scale)
+        return self
 
     def add_affect_head(
         self,
@@ -479,7 +505,18 @@ class ExpertQueryModel(PreTrainedModel):
 
 
 # %% ../nbs/03_queries.ipynb #5fb007ad
-SETTINGS = {"head_width", "head_dropout", "head_inputs", "class_names", "affect_names", "prior"}
+# settings of `ExpertQueryConfig` beside those that are named in full
+SETTINGS = {
+    "head_width",
+    "head_dropout",
+    "head_inputs",
+    "read_out",
+    "class_names",
+    "affect_names",
+    "prior",
+}
+# deviation of queries that start beside the class token
+NEAR = 0.02
 
 
 def _configure(backbone, num_queries, split, num_classes, settings):

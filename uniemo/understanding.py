@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "ATTRIBUTE_KINDS",
+    "FIT_IMAGES",
     "name_features",
     "model_folder",
     "UnderstandingConfig",
@@ -40,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backbones import Backbone, TextTower, name_text
+from .backbones import Backbone, TextTower, name_projection, name_text
 from .data.attributes import read_annotations, shown_names
 from .data.batches import make_loader
 from .data.memory import in_memory, random_crops
@@ -109,6 +110,8 @@ class UnderstandingConfig(TrainConfig):
     head_width: int = 768
     # what the emotion head reads: "class", c, or "all", [c, s, o]
     head_inputs: str = "class"
+    # where s and o are read: "thirds", or "last", from the foundation model's own names (ours)
+    read_out: str = "thirds"
     # "vocabulary", or "identity" (as released)
     targets: str = "vocabulary"
     template: str = "a photo of a {}"
@@ -155,6 +158,7 @@ class UnderstandingConfig(TrainConfig):
         check_weights("loss_weights", self.loss_weights, "emotion", "scene", "object")
         check_choice("targets", ("vocabulary", "identity"), self.targets)
         check_choice("prior", ("none", "names", "pairs"), self.prior)
+        check_choice("read_out", ("thirds", "last"), self.read_out)
         if not 0 <= self.affect_weight < float("inf"):
             raise ValueError(f"affect_weight is a number, at least 0, not {self.affect_weight}")
 
@@ -170,17 +174,33 @@ def build_encoder(
     if not isinstance(backbone, Backbone):
         folder = model_folder(backbone)
         backbone = Backbone.from_pretrained(folder, dtype=torch.float32)
+        if config.read_out == "last" and config.num_queries:
+            backbone.projection = name_projection(folder)
     names = list(MIKELS.names if emotions is None else emotions)
     torch.manual_seed(config.seed)
-    return ExpertQueryModel(
+    model = ExpertQueryModel(
         backbone.resized(config.image_size),
         config.num_queries,
         num_classes=len(names),
         class_names=names,
         head_width=config.head_width,
         head_inputs=config.head_inputs,
+        read_out=config.read_out,
         text_dim=text_dim,
     )
+    if config.read_out == "last" and config.num_queries:
+        model.start_names(_projection_of(backbone))
+    return model
+
+
+def _projection_of(backbone):
+    "A backbone's own map to the names."
+    if backbone.projection is None:
+        raise ValueError(
+            "read_out='last' starts from the foundation model's own map to names, and this "
+            "backbone has none: give a whole CLIP or SigLIP, or set read_out='thirds'"
+        )
+    return backbone.projection
 
 
 def encoder_view(model: ExpertQueryModel) -> NetworkView:
@@ -559,6 +579,31 @@ def prepare_prior(
     shown = [torch.from_numpy(shown_names(notes, kind)) for kind in ATTRIBUTE_KINDS]
     counts = NameCounts.of(*shown, torch.from_numpy(notes.weights))
     model.add_prior(counts, text["scene"], text["object"], pairs)
+    if model.config.read_out == "last":
+        _fit_prior(model, splits["train"], shown, torch.from_numpy(notes.weights))
+
+
+FIT_IMAGES = 500  # enough for three numbers
+
+
+@torch.no_grad()
+def _fit_prior(model, train, shown, emotion):
+    "Weights of a prior from the names that an encoder says before it is trained."
+    chosen = np.linspace(0, _count(train) - 1, min(FIT_IMAGES, _count(train))).round().astype(int)
+    if isinstance(train, dict):
+        part = {name: values[chosen] for name, values in train.items()}
+    else:
+        part = train.subset(chosen)
+    parameter = next(model.parameters())
+    model.eval()
+    outs = [
+        model(batch["pixel_values"].to(parameter.device))
+        for batch in plain_batches(part, encoder_view(model))
+    ]
+    shares = [torch.cat([out[f"{kind}_shares"] for out in outs]) for kind in ATTRIBUTE_KINDS]
+    own = [names[chosen].bool().to(parameter.device) for names in shown]
+    with torch.enable_grad():
+        model.name_prior.fit_weights(*shares, *own, emotion[chosen].to(parameter.device))
 
 
 # %% ../nbs/05_understanding.ipynb #47d815a4

@@ -9,6 +9,7 @@ __all__ = ["NameCounts", "log_rows", "log_beyond", "NamePrior"]
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -153,3 +154,25 @@ class NamePrior(nn.Module):
         without = log_beyond(pair - taken[:, None], after[0][:, None] + after[1])
         moved = torch.einsum("bo,boe->be", own * objects, without - with_it)
         return change + self.weights[2] * moved
+
+    def fit_weights(
+        self,
+        scene: Tensor,  # shares of the names [N, S], of counted images
+        objects: Tensor,  # [N, O]
+        own_scene: Tensor,  # the images' own names, multi-hot [N, S]
+        own_objects: Tensor,  # [N, O]
+        emotion: Tensor,  # votes, or one-hot labels [N, E]
+    ):
+        "The likeliest lambda, where each image is told from the counts of all others."
+        emotion = emotion.float() / emotion.sum(1, keepdim=True)
+        optimizer = torch.optim.LBFGS([self.weights], max_iter=50)
+
+        def closure():
+            optimizer.zero_grad()
+            left_out = self.taken_out(scene, objects, own_scene, own_objects, emotion)
+            loss = F.cross_entropy(self(scene, objects) + left_out, emotion)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        self.weights.grad = None

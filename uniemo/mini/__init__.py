@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         Contest,
         LEARNERS,
         LR_BACKBONE,
+        LR_LATE,
         LR_NEW,
         PLAIN,
         TEST,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         clip_folder_of,
         contest_keys,
         counted,
+        counted_and_fitted,
         own_contender,
         trained,
     )
@@ -168,6 +170,7 @@ if TYPE_CHECKING:
     from .sceptics import (
         READERS,
         RULES,
+        fitted_names,
         name_baselines,
         read_names,
         train_frozen_head,
@@ -284,6 +287,7 @@ _rooms = {
         "Contest",
         "LEARNERS",
         "LR_BACKBONE",
+        "LR_LATE",
         "LR_NEW",
         "PLAIN",
         "TEST",
@@ -294,6 +298,7 @@ _rooms = {
         "clip_folder_of",
         "contest_keys",
         "counted",
+        "counted_and_fitted",
         "own_contender",
         "trained",
     ],
@@ -392,6 +397,7 @@ _rooms = {
     "sceptics": [
         "READERS",
         "RULES",
+        "fitted_names",
         "name_baselines",
         "read_names",
         "train_frozen_head",

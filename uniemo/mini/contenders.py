@@ -9,6 +9,7 @@ __all__ = [
     "TEST",
     "LR_BACKBONE",
     "LR_NEW",
+    "LR_LATE",
     "PLAIN",
     "LEARNERS",
     "COUNTERS",
@@ -18,6 +19,7 @@ __all__ = [
     "trained",
     "another_start",
     "counted",
+    "counted_and_fitted",
     "as_arms",
     "contest_keys",
     "own_contender",
@@ -43,7 +45,7 @@ from ..data.transforms import NetworkView
 from ..emotions import MIKELS
 from ..files.shipped import sha256, shipped_folder
 from .clip import load_clip
-from .sceptics import name_baselines
+from .sceptics import fitted_names, name_baselines
 from .splits import paint_split
 from .worlds import FIRST_WORLD, World, world_of
 from ..runs.keys import source_hash
@@ -98,7 +100,7 @@ class Contest:
     num_val: int = 400
     num_test: int = 10_000
     # of the optimiser for 300 images; others by the square root of their number
-    steps: int = 240
+    steps: int = 120
 
     @cached_property
     def splits(self) -> EmotionSplits:
@@ -155,7 +157,10 @@ class Contest:
 
 
 # %% ../../nbs/mini/contenders.ipynb #ec92cce2
-LR_BACKBONE, LR_NEW = 1e-4, 2e-3  # chosen on seeds that do not report
+# chosen on seeds that do not report
+LR_BACKBONE, LR_NEW = 1e-4, 2e-3
+# of queries and projections that start from what the CLIP knows
+LR_LATE = 5e-4
 
 
 # %% ../../nbs/mini/contenders.ipynb #473c7913
@@ -167,8 +172,7 @@ def trained(
 ) -> dict[str, float]:
     "Stage 1; of queries that learn names also the shares of names that are right."
     config = contest.config(**changes)
-    vision = copy.deepcopy(contest.clip[0].vision_model)
-    backbone = Backbone(vision, [0.5] * 3, [0.5] * 3)
+    backbone = Backbone(copy.deepcopy(contest.clip[0]), [0.5] * 3, [0.5] * 3)
     width = next(iter(contest.text.values())).shape[1]
     model = alter(build_encoder(backbone, config, MIKELS.names, width))
     text = contest.text if named else {}
@@ -191,6 +195,8 @@ LEARNERS = {
     "head reads all": partial(trained, head_inputs="all"),
     "frozen head": partial(trained, train_parts=("heads",), **PLAIN),
     "prior in the head": partial(trained, prior="pairs"),
+    "names at the end": partial(trained, read_out="last", lr_queries=LR_LATE),
+    "names at the end, prior": partial(trained, read_out="last", lr_queries=LR_LATE, prior="pairs"),
 }
 
 
@@ -218,6 +224,14 @@ COUNTERS = {
     )
 }
 COUNTERS["Bayes of true names"] = partial(counted, rule="Bayes")
+
+
+def counted_and_fitted(contest: Contest) -> dict[str, float]:
+    "Zero-shot names and the table of pairs, three weights fitted."
+    return contest.told(fitted_names(contest.splits, *contest.clip))
+
+
+COUNTERS["zero-shot names, fitted pair table"] = counted_and_fitted
 CONTENDERS = LEARNERS | {"plain, another initialisation": another_start} | COUNTERS
 
 

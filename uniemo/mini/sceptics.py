@@ -10,6 +10,7 @@ __all__ = [
     "written_names",
     "name_baselines",
     "accuracies",
+    "fitted_names",
     "train_frozen_head",
 ]
 
@@ -19,12 +20,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from ..correlation import CorrelationTable
 from ..data.attributes import KINDS
 from ..data.splits import EmotionSplits
 from ..measure.intervals import proportion
 from ..measure.name_rules import PairTable, additive_logits, true_shares, zero_shot_shares
+from ..measure.prior import NameCounts, NamePrior
 from .clip import image_embeds, name_embeds
 from .worlds import FIRST_WORLD, World
 from ..train.results import StageResult
@@ -101,6 +104,27 @@ def accuracies(
         i = proportion((values.argmax(1) == label).numpy())
         rows[name] = dict(accuracy=i.value, low=i.low, high=i.high, n=len(label))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("baseline")
+
+
+# %% ../../nbs/mini/sceptics.ipynb #7f4f4110
+def fitted_names(
+    splits: EmotionSplits,  # of the painted world
+    clip,
+    tokenizer,
+) -> torch.Tensor:  # logits of the test images [N, E]
+    "Zero-shot names and the table of pairs, its three weights fitted on the training images."
+    seen = {
+        split: read_names(clip, tokenizer, splits.tensor(split, "pixel_values"))
+        for split in ("train", "test")
+    }
+    own = written_names(splits, "train").values()
+    emotion = F.one_hot(splits.tensor("train", "label"), len(splits.emotions))
+    sizes = (len(splits.names[kind]) for kind in KINDS)
+    prior = NamePrior(*sizes, len(splits.emotions), text_dim=1)
+    nothing = torch.zeros(1)
+    prior.fill(NameCounts.of(*own, emotion), nothing, nothing)
+    prior.fit_weights(*seen["train"].values(), *(names.bool() for names in own), emotion)
+    return prior(*seen["test"].values()).detach()
 
 
 # %% ../../nbs/mini/sceptics.ipynb #c8ef4515

@@ -8,6 +8,7 @@ __all__ = [
     "PRECISIONS",
     "PROGRAM",
     "NO_MODELS",
+    "device_of",
     "MemoryTracker",
     "random_batch",
     "train_step",
@@ -52,6 +53,14 @@ from ..understanding import UnderstandingConfig, UnderstandingStage
 
 
 # %% ../../nbs/runs/estimate.ipynb #cell-16
+def device_of(
+    tensor: FakeTensor,
+) -> torch.device:
+    "The device that it says it is on; inside an operation the one that it is on."
+    inside = tensor.fake_mode.in_kernel_invocation
+    return torch.device("meta") if inside else tensor.fake_device
+
+
 class MemoryTracker(TorchDispatchMode):
     "Within this context: bytes alive (`now`), their `peak`, and the `gradients` in the peak."
 
@@ -60,13 +69,17 @@ class MemoryTracker(TorchDispatchMode):
         *modules: nn.Module,  # their weights were there before and do not count
     ):
         super().__init__()
-        self.now = self.peak = self.gradients = 0
+        # `holding`: bytes of gradients now, `gradients`: what they were at the peak
+        self.now = self.peak = self.holding = self.gradients = 0
         self.sizes, self.held = weakref.WeakKeyDictionary(), weakref.WeakSet()
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
                 self.sizes[tensor.untyped_storage()] = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            # most calls are this question, which makes no tensor
+            return device_of(args[0])
         out = func(*args, **(kwargs or {}))
         # most operations give one tensor
         for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
@@ -82,24 +95,38 @@ class MemoryTracker(TorchDispatchMode):
         self.now += size
         weakref.finalize(storage, self.drop, size)
         if self.now > self.peak:
-            self.peak, self.gradients = self.now, sum(s.nbytes() for s in self.held)
+            self.peak, self.gradients = self.now, self.holding
 
     def drop(self, size: int):
         "Take a piece of storage off the count."
         self.now -= size
 
+    def hold(self, gradient: torch.Tensor):
+        "Count a gradient among the gradients, as long as it is there."
+        storage = gradient.untyped_storage()
+        if storage in self.held:
+            return
+        self.held.add(storage)
+        size = storage.nbytes()
+        self.holding += size
+        weakref.finalize(storage, self.let_go, size)
+
+    def let_go(self, size: int):
+        "A gradient is gone."
+        self.holding -= size
+
     def hold_gradients(self, parameters: Iterable[nn.Parameter]):
         "Gradients as an earlier pass left them."
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-            self.held.add(parameter.grad.untyped_storage())
+            self.hold(parameter.grad)
 
     @contextmanager
     def watch(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         "While inside, call the gradients of these parameters gradients."
 
         def keep(parameter):
-            self.held.add(parameter.grad.untyped_storage())
+            self.hold(parameter.grad)
 
         handles = [p.register_post_accumulate_grad_hook(keep) for p in parameters]
         try:
@@ -212,9 +239,13 @@ class Unfilled(TorchFunctionMode):
     fillers = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.zero_, torch.Tensor.fill_}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.fillers and isinstance(args[0], FakeTensor):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # torch.nn.init hands its tensor on by name
+        tensor = args[0] if args else kwargs.get("tensor")
+        fills = func in self.fillers or getattr(func, "__module__", "") == "torch.nn.init"
+        if fills and isinstance(tensor, FakeTensor):
+            return tensor
+        return func(*args, **kwargs)
 
 
 # %% ../../nbs/runs/estimate.ipynb #de7bc419

@@ -46,10 +46,11 @@ from .emotions import mixture_weights
 from .files.disk import FETCH, FileError, read_json, write_file
 from uniemo.files.pipelines import (
     HUB,
-    LORA_FOLDER,
     NOTE,
     PLACED,
+    base_place,
     find_pipeline,
+    load_lora,
     load_parts,
     read_base,
 )
@@ -117,7 +118,7 @@ def byte_images(images: torch.Tensor) -> np.ndarray:
 
 # %% ../nbs/11_pipeline.ipynb #46b0c03c
 class Reader(DiffusionPipeline):
-    "What understands images."
+    "What understands images; with the words of its emotions."
 
     # tells images apart that are unlike the training images; None: nobody knows
     novelty: Novelty | None = None
@@ -128,6 +129,19 @@ class Reader(DiffusionPipeline):
     def emotions(self) -> list:
         "Names of the emotions, in the order of the logits."
         return list(self.encoder.config.class_names)
+
+    @property
+    def words(self) -> EmotionWords:
+        "The words that its parts make, attached to `diffusion`."
+        parts = (self.encoder, self.mapper, self.retriever, self.space)
+        known = vars(self).get("_words_of", ())
+        if len(known) != len(parts) or any(a is not b for a, b in zip(parts, known)):
+            encoder, mapper, *rest = self._words_of = parts
+            self._words = EmotionWords(encoder, [mapper], *rest)
+        diffusion = self.diffusion
+        if self._words.pipe is not diffusion:
+            self._words.attach(diffusion)
+        return self._words
 
     def encoder_pixels(self, images: list) -> torch.Tensor:
         "Pixel values [B, 3, H, W] of Pillow images for the encoder: the central square of each."
@@ -327,18 +341,15 @@ class Loaded(Stored):
         for part, kind in PARTS.items():
             given = kwargs.pop(part, None)
             own[part] = given or kind.from_pretrained(folder / part, dtype=dtype)
-        beside = folder / base
-        where = str(beside) if base != "mini" and beside.exists() else base
         try:
-            diffusion = load_diffusion_model(where, dtype=dtype, **kwargs)
+            diffusion = load_diffusion_model(base_place(folder), dtype=dtype, **kwargs)
         except OSError as error:
             raise FileError(
                 f"{folder / NOTE}: the diffusion model {base!r} cannot be read: {error}. {FETCH}"
             ) from None
         pipe = cls.from_diffusion(diffusion, **own, space=space)
         pipe.diffusion_name = base
-        if (folder / LORA_FOLDER).exists():
-            pipe.diffusion.load_lora_weights(folder / LORA_FOLDER)
+        load_lora(pipe.diffusion, folder)
         return pipe
 
 
@@ -380,19 +391,6 @@ def check_same_emotions(
 # %% ../nbs/11_pipeline.ipynb #cell-09
 class Wishes(Reader, Painter):
     "What looks at a wish before anything is computed."
-
-    @property
-    def words(self) -> EmotionWords:
-        "The words that its parts make, attached to `diffusion`."
-        parts = (self.encoder, self.mapper, self.retriever, self.space)
-        known = vars(self).get("_words_of", ())
-        if len(known) != len(parts) or any(a is not b for a, b in zip(parts, known)):
-            encoder, mapper, *rest = self._words_of = parts
-            self._words = EmotionWords(encoder, [mapper], *rest)
-        diffusion = self.diffusion
-        if self._words.pipe is not diffusion:
-            self._words.attach(diffusion)
-        return self._words
 
     def check_inputs(
         self, emotion, num_images, prompt, seed, reference, point, sampling: Sampling

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = [
     "ATTRIBUTE_KINDS",
-    "FIT_IMAGES",
     "name_features",
     "model_folder",
     "UnderstandingConfig",
     "build_encoder",
-    "encoder_view",
     "PassThrough",
     "without_interaction",
     "UnderstandingStage",
@@ -193,6 +191,7 @@ def build_encoder(
     return model
 
 
+# %% ../nbs/05_understanding.ipynb #5c01fdf9
 def _projection_of(backbone):
     "A backbone's own map to the names."
     if backbone.projection is None:
@@ -583,6 +582,7 @@ def prepare_prior(
         _fit_prior(model, splits["train"], shown, torch.from_numpy(notes.weights))
 
 
+# %% ../nbs/05_understanding.ipynb #0f3fd5b1
 FIT_IMAGES = 500  # enough for three numbers
 
 

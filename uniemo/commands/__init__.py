@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from .pictures import (
         Out,
         Steps,
+        asked_for,
         edit,
         generate,
         new_folder,
@@ -176,6 +177,7 @@ _rooms = {
     "pictures": [
         "Out",
         "Steps",
+        "asked_for",
         "edit",
         "generate",
         "new_folder",

@@ -9,6 +9,7 @@ __all__ = [
     "read_mixture",
     "new_folder",
     "save_images",
+    "asked_for",
     "read_wish",
     "generate",
     "read_region",
@@ -89,6 +90,14 @@ def _steps(given, model):
     return given or (20 if model == "mini" else 50)
 
 
+def asked_for(
+    **options,  # intensity, best_of, refine_steps
+) -> dict:
+    "The options that change something: pipelines of other families have none of them."
+    idle = dict(intensity=1, best_of=1, refine_steps=0)
+    return {name: value for name, value in options.items() if value != idle[name]}
+
+
 # %% ../../nbs/commands/pictures.ipynb #5f1c2a02
 def read_wish(
     emotion: str | None,  # a name
@@ -153,10 +162,8 @@ def generate(  # noqa: PLR0913
     folder = new_folder(out, emotion or mix or text or audio.stem)
     pipe = load_pipeline(model, device, quiet)
     steps = _steps(steps, model)
-    sampling = dict(num_inference_steps=steps, intensity=intensity)
-    made = pipe.generate(
-        wish, count, prompt, seed, best_of=best_of, refine_steps=refine, **sampling
-    )
+    wanted = asked_for(intensity=intensity, best_of=best_of, refine_steps=refine)
+    made = pipe.generate(wish, count, prompt, seed, num_inference_steps=steps, **wanted)
     about = dict(model=model, steps=steps, intensity=intensity, text=text)
     # an image's own number paints it again, without the others that it was chosen from
     about |= dict(refine_steps=refine or None)

@@ -156,12 +156,12 @@ def load_pipeline(
     model: str = "mini",  # as `--model` names it
     device: str | None = None,  # None: a GPU, if there is any
     quiet: bool = False,  # no bar while images are made
-):  # a `UniEmoPipeline`
+):  # a `UniEmoPipeline`; a `FamilyPipeline` where its diffusion model is of another family
     "The pipeline that `--model` names, on its device."
     with working("loading the model", quiet), silent_libraries():
         device = choose_device(device)
-        from uniemo import UniEmoPipeline
+        from uniemo.diffusion.any_family import open_trained
 
-        pipe = UniEmoPipeline.from_pretrained(model)
+        pipe = open_trained(model).to(device)
     pipe.set_progress_bar_config(disable=not is_watched(quiet), dynamic_ncols=True, leave=False)
-    return pipe.to(device)
+    return pipe

@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .any_family import (
-        FamilyPipeline,
-        base_place,
-        copy_lora,
-        keep_lora,
-        load_lora,
-        open_trained,
-        pipeline_class,
-    )
+    from .any_family import FamilyPipeline, keep_lora, open_trained, pipeline_class
     from .denoisers import (
         DENOISERS,
         Denoiser,
@@ -133,15 +125,7 @@ if TYPE_CHECKING:
     )
 
 _rooms = {
-    "any_family": [
-        "FamilyPipeline",
-        "base_place",
-        "copy_lora",
-        "keep_lora",
-        "load_lora",
-        "open_trained",
-        "pipeline_class",
-    ],
+    "any_family": ["FamilyPipeline", "keep_lora", "open_trained", "pipeline_class"],
     "denoisers": [
         "DENOISERS",
         "Denoiser",

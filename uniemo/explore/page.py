@@ -265,9 +265,9 @@ def demo(
 ):  # the page; `close()` ends it
     "A page to explore a model with, on this machine alone; in a notebook below the cell."
     load_gradio()
-    from uniemo import UniEmoPipeline
+    from uniemo.diffusion.any_family import open_trained
 
-    pipe = UniEmoPipeline.from_pretrained(model)
+    pipe = open_trained(model)
     pipe.set_progress_bar_config(disable=True)
     page = build_page(pipe, str(model))
     serve(page, port, browser, wait)

@@ -137,7 +137,7 @@ class Studio:
 
     def __init__(
         self,
-        pipe,  # a `UniEmoPipeline`
+        pipe,  # a `UniEmoPipeline` or a `FamilyPipeline`
         steps: int = 20,  # of a painted image
         sketch_steps: int = 8,  # of one that follows the sliders
     ):
@@ -179,18 +179,22 @@ class Studio:
         strength: float = 0.5,  # how much of it is painted anew
     ) -> Generated:
         "Images of a wish, judged by the encoder."
-        image = read_image(photo) if isinstance(photo, (str, Path)) else photo
-        sampling = dict(num_inference_steps=self.steps, intensity=wish.intensity, strength=strength)
-        named = dict(prompt=wish.prompt, seed=wish.seed, image=image)
-        return self.pipe.generate(wish.mixture, num_images, **named, **sampling)
+        sampling = self.sampling(wish, self.steps)
+        if photo is not None:
+            image = photo if isinstance(photo, Image.Image) else read_image(photo)
+            sampling |= dict(image=image, strength=strength)
+        return self.pipe.generate(wish.mixture, num_images, **sampling)
 
     def sketch(self, wish: Wish) -> Image.Image:
         "One image at once: few steps, no judge."
-        sampling = dict(num_inference_steps=self.sketch_steps, intensity=wish.intensity)
-        made = self.pipe.generate(
-            wish.mixture, prompt=wish.prompt, seed=wish.seed, judge=False, **sampling
-        )
-        return made.images[0]
+        sampling = self.sampling(wish, self.sketch_steps)
+        return self.pipe.generate(wish.mixture, judge=False, **sampling).images[0]
+
+    @staticmethod
+    def sampling(wish: Wish, steps: int) -> dict:
+        "What the pipeline is told; an intensity only if it changes something."
+        told = dict(prompt=wish.prompt, seed=wish.seed, num_inference_steps=steps)
+        return told if wish.intensity == 1 else told | dict(intensity=wish.intensity)
 
 
 # %% ../../nbs/explore/studio.ipynb #4f1acc7e

@@ -12,12 +12,16 @@ __all__ = [
     "PLACED",
     "find_pipeline",
     "read_base",
+    "base_place",
+    "copy_lora",
+    "load_lora",
     "load_parts",
 ]
 
 # %% ../../nbs/files/pipelines.ipynb #bd999966
 import importlib
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -93,6 +97,34 @@ def _is_folder(path):
     except (OSError, ValueError):
         # a name that no file system takes
         return False
+
+
+# %% ../../nbs/files/pipelines.ipynb #ca4d6747
+def base_place(
+    folder: Path,  # of a saved pipeline
+) -> str | None:
+    "Folder or hub id of its diffusion model; None: the folder holds all parts itself."
+    base = read_base(folder / NOTE)
+    if base is None or base == "mini":
+        return base
+    beside = folder / base
+    return str(beside) if beside.exists() else base
+
+
+# %% ../../nbs/files/pipelines.ipynb #ed618e6d
+def copy_lora(source: str | Path, target: str | Path):
+    "Copy the LoRA of one folder, where there is one, to another."
+    if (Path(source) / LORA_FOLDER).exists():
+        shutil.copytree(Path(source) / LORA_FOLDER, Path(target) / LORA_FOLDER, dirs_exist_ok=True)
+
+
+def load_lora(
+    diffusion,  # a diffusers pipeline
+    folder: str | Path,
+):
+    "Load the LoRA that a folder holds, where there is one."
+    if (Path(folder) / LORA_FOLDER).exists():
+        diffusion.load_lora_weights(Path(folder) / LORA_FOLDER)
 
 
 # %% ../../nbs/files/pipelines.ipynb #692478f5

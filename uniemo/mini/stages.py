@@ -48,7 +48,6 @@ from ..data.splits import EmotionSplits, load_splits, training_images
 from ..data.transforms import NetworkView
 from uniemo.diffusion.any_family import (
     FamilyPipeline,
-    copy_lora,
     keep_lora,
     open_trained,
     pipeline_class,
@@ -58,6 +57,7 @@ from ..diffusion.latents import cache_latents, check_side, flip_together, open_d
 from ..emotions import MIKELS
 from ..feedback import generate_candidates, read_candidates, select, without_images
 from ..files.disk import write_file
+from ..files.pipelines import copy_lora
 from ..filtering import CRITERIA, name_reader
 from ..fusion import PseudoWordMapper
 from ..joint import JointConfig, train_joint

@@ -23,10 +23,11 @@ from ..data.memory import in_memory
 from ..data.shares import is_first, shared_work, wait_for_all
 from ..data.splits import open_splits
 from ..data.transforms import ByteView, CentreCrop, Transform
-from ..diffusion.any_family import keep_lora, load_lora, pipeline_class
+from ..diffusion.any_family import keep_lora, pipeline_class
 from ..diffusion.latents import open_diffusion
 from ..feedback import candidate_table, generate_candidates, select
 from ..files.disk import read_json
+from ..files.pipelines import load_lora
 from ..files.weights import quiet
 from ..filtering import name_reader
 from ..joint import JointConfig, train_joint

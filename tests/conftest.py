@@ -12,6 +12,15 @@ from uniemo.runs import find_notebook
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes a minute or so, and begins before the others")
+
+
+def pytest_collection_modifyitems(items):
+    "Long tests first: none of them is what everybody waits for at the end."
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def shared():
     "Real files and golden numbers beside the checkout; where they are missing, tests skip."

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from families import STAGE, painted, tiny_encoder
+from PIL import Image
 from tiny_pipelines import build
 
 from uniemo.diffusion.any_family import FamilyPipeline, open_trained
 from uniemo.diffusion.latents import check_diffusion, image_side
+from uniemo.explore.studio import Studio, Wish
+from uniemo.explore.webpage import page_of
 from uniemo.files.needed import diffusion_files, look_for
 from uniemo.joint import JointConfig
 from uniemo.mini.stages import (
@@ -61,7 +64,7 @@ def arguments(**params):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_joint_from_the_command_line(folder, tmp_path, monkeypatch, capsys):
+def test_joint_from_the_command_line(warm, folder, tmp_path, monkeypatch, capsys):
     "SD 3: three text towers, flow matching, no U-Net; a LoRA is trained as well, and kept."
     monkeypatch.chdir(tmp_path)
     params = dict(
@@ -99,6 +102,25 @@ def test_joint_from_the_command_line(folder, tmp_path, monkeypatch, capsys):
     pipe.diffusion.unload_lora_weights()
     without = pipe.generate("awe", 2, **how)
     assert (painted(without.images) != painted(made.images)).any()
+    # 4. the everyday commands and the page take the same folder
+    told = ["--model", str(run.dir), "--steps", "2", "-q"]
+    ask = ["--prompt", "<emotion> dog", "-n", "2"]
+    assert main(["generate", "awe", *told, *ask, "--out", "pictures"]) == 0
+    photo = sorted((tmp_path / "pictures").glob("*.png"))[1]
+    with Image.open(photo) as second:
+        assert abs(painted([second]) - painted(made.images[1:])).max() <= 2
+    assert main(["edit", str(photo), "fear", *told]) == 2
+    assert "changes no photograph" in capsys.readouterr().err
+    assert main(["generate", "awe", *told, "--intensity", "2"]) == 2
+    assert "has no setting intensity" in capsys.readouterr().err
+    studio = Studio(pipe, steps=2, sketch_steps=2)
+    assert len(studio.paint(Wish("awe"), 1).images) == 1
+    assert studio.sketch(Wish("awe", intensity=1)).size == made.images[0].size
+    with pytest.raises(ValueError, match="changes no photograph"):
+        studio.paint(Wish("fear"), 1, photo)
+    # 5. the page without Python says what it cannot do
+    with pytest.raises(ValueError, match="FamilyPipeline"):
+        page_of(run.dir, None)
 
 
 @pytest.mark.parametrize("family", ["Stable Diffusion 1.x and 2.x", "Stable Diffusion XL"])

@@ -262,7 +262,7 @@ def always_awe(contest):
 """
 
 
-def test_what_is_missing_is_made_once(tmp_path):
+def test_what_is_missing_is_made_once(warm, tmp_path):
     (tmp_path / "claims.yaml").write_text(SHORT)
     (tmp_path / "mine.py").write_text(OWN)
     given = dict(

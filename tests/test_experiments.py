@@ -2,14 +2,26 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import pandas as pd
 import pytest
 
 from uniemo.data.emoset import EmoSet
 from uniemo.files.shipped import shipped_folder
+from uniemo.mini.regimes import FeedbackSettings
+from uniemo.mini.truth import WORLD_VERSION
+from uniemo.mini.variants import Budget
 from uniemo.mini.writing import write_emoset
-from uniemo.runs import RunFailed, find_notebook, resume, start
+from uniemo.runs import (
+    RunFailed,
+    earlier_rows,
+    find_notebook,
+    published,
+    read_parameters,
+    resume,
+    start,
+)
 
 # imports, and the cell that looks at parameters
 EMOSET = ["cell-03", 'check_choice("networks"']
@@ -41,6 +53,7 @@ def cells(tmp_path, monkeypatch):
     return execute
 
 
+@pytest.mark.long
 def test_understanding_is_repeatable(warm, tmp_path, run_again):
     "Same seed, same machine: the same summary, in a second process and after a second Run All."
     runs = [
@@ -65,12 +78,22 @@ def test_understanding_is_repeatable(warm, tmp_path, run_again):
 
 
 def test_understanding_reads_a_folder_of_photographs(warm, tmp_path):
-    "No split, no attributes, no known truth, and emotions of one's own."
-    photos = write_emoset(tmp_path / "world", 240, progress=False) / "image"
+    """No split, no attributes, no known truth, and emotions of one's own; further images join them.
+
+    All are read from the disk, as they are needed.
+    """
+    photos, more = (
+        write_emoset(tmp_path / name, size, seed=size, workers=1, progress=False) / "image"
+        for name, size in (("world", 240), ("more", 48))
+    )
     for old, new in (("amusement", "joy"), ("anger", "fury"), ("awe", "wonder")):
-        (photos / old).rename(photos / new)
-    run = start("understanding", dict(TINY, data=str(photos)), tmp_path / "runs", progress=False)
+        for folder in (photos, more):
+            (folder / old).rename(folder / new)
+    given = dict(data=str(photos), in_memory=False)
+    given |= dict(extra=str(more), ratio=0.25, extra_weight=0.5)
+    run = start("understanding", dict(TINY, **given), tmp_path / "runs", progress=False)
     summary = run.summary()
+    assert summary["extra_images"] == 48
     assert {"accuracy", "macro_f1"} <= set(summary) and not {
         "bayes",
         "pointing_object",
@@ -81,8 +104,7 @@ def test_understanding_reads_a_folder_of_photographs(warm, tmp_path):
     )
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_understanding_with_extra_images(warm, tmp_path, in_memory):
+def test_understanding_with_extra_images(warm, tmp_path):
     "Stage 3 at any size: a folder of emotions, without names, joins a set in EmoSet's format."
     data, more = (
         write_emoset(tmp_path / n, k, seed=k, workers=1, progress=False)
@@ -96,7 +118,6 @@ def test_understanding_with_extra_images(warm, tmp_path, in_memory):
             extra=str(more / "image"),
             ratio=0.25,
             extra_weight=0.5,
-            in_memory=in_memory,
         ),
         tmp_path / "runs",
         progress=False,
@@ -104,14 +125,13 @@ def test_understanding_with_extra_images(warm, tmp_path, in_memory):
     assert run.summary()["extra_images"] == 48 and run.summary()["images"] == len(
         EmoSet(data, "train")
     )
-    if in_memory:
-        with pytest.raises(RunFailed, match="images are in the split 'val' too.*learnt by heart"):
-            start(
-                "understanding",
-                dict(TINY, data=str(data), extra=str(data / "image")),
-                tmp_path / "runs",
-                progress=False,
-            )
+    with pytest.raises(RunFailed, match="images are in the split 'val' too.*learnt by heart"):
+        start(
+            "understanding",
+            dict(TINY, data=str(data), extra=str(data / "image")),
+            tmp_path / "runs",
+            progress=False,
+        )
     with pytest.raises(RunFailed, match="no emotion of the data that it should join"):
         (more / "image/awe").rename(more / "image/joy")
         start(
@@ -122,6 +142,7 @@ def test_understanding_with_extra_images(warm, tmp_path, in_memory):
         )
 
 
+@pytest.mark.long
 def test_experts_goes_on_where_it_was_stopped(warm, tmp_path):
     params = dict(
         sizes=[16],
@@ -169,7 +190,7 @@ def test_experts_goes_on_where_it_was_stopped(warm, tmp_path):
 
 
 @pytest.mark.parametrize("dry", [True, False])
-def test_emoset_stops_where_files_are_missing(tmp_path, monkeypatch, dry):
+def test_emoset_stops_where_files_are_missing(warm, tmp_path, monkeypatch, dry):
     "Dry: it looks and says what is missing. Else it stops there, before anything is trained."
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -186,6 +207,7 @@ def test_emoset_stops_where_files_are_missing(tmp_path, monkeypatch, dry):
             start("emoset", params, tmp_path / "runs", progress=False)
 
 
+@pytest.mark.long
 def test_emoset_by_parameters_only(warm, tmp_path):
     "The whole path with mini models, and once more where it was stopped."
     tiny = dict(batch_size=8, micro_batch=4, workers=0, cpu=True)
@@ -245,21 +267,31 @@ def test_emoset_by_parameters_only(warm, tmp_path):
         and not summary["dry"]
         and len(list((run.dir / "images").glob("*.png"))) == 16
     )
+    # killed before stage 2 had saved anything, and before an image was painted
     shutil.rmtree(run.dir / "stage-2")
-    run._set(status="interrupted")
-    again = resume(run, progress=False)
-    assert (
-        again.summary() == summary
-    )  # killed before stage 2 had saved anything: its mappers begin as before
     (run.dir / "images/awe-0-1.png").unlink()
     kept = (run.dir / "images/fear-0-0.png").stat().st_mtime_ns
     run._set(status="interrupted")
-    again = resume(run, progress=False)
-    assert (
-        (run.dir / "images/awe-0-1.png").exists()
-        and (run.dir / "images/fear-0-0.png").stat().st_mtime_ns == kept
-        and again.summary()["fid"] == pytest.approx(summary["fid"], rel=1e-3)
-    )
+    again = resume(run, progress=False).summary()
+    # its mappers begin as before: the same trainings, and the same image in another batch
+    trained = [name for name in summary if name.startswith("accuracy")]
+    assert len(trained) == 3 and [again[name] for name in trained] == [
+        summary[name] for name in trained
+    ]
+    assert again["fid"] == pytest.approx(summary["fid"], rel=1e-3)
+    assert (run.dir / "images/awe-0-1.png").exists()
+    assert (run.dir / "images/fear-0-0.png").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    "name, table, kind", [("evaluate", "scores", Budget), ("feedback", "results", FeedbackSettings)]
+)
+def test_published_tables_are_of_the_settings_that_experiments_begin_with(name, table, kind):
+    "Rows of the tables that ship are taken over where nothing else is asked for."
+    parameters = read_parameters(find_notebook(name))
+    own = kind(**{f.name: parameters[f.name] for f in fields(kind) if f.name in parameters})
+    settings = dict(**vars(own), world=WORLD_VERSION)
+    assert len(earlier_rows(published(name), f"{table}.csv", settings)) > 100
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_shipped_autoencoder_keeps_the_object(pipe, held_out):
     assert scores["mae"] <= 0.03 and scores["object_ratio"] >= 0.95
 
 
-def named_rightly(pipe, num=32, **sampling):
+def named_rightly(pipe, num=16, **sampling):
     "Shares of scenes and objects that the mini CLIP finds in what a pipeline paints."
     prompts, scene, named = balanced_prompts(num, seed=5)
     generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
@@ -157,7 +157,7 @@ def test_samplers_made_from_the_shipped_scheduler_paint_as_well(pipe, kind, step
     other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     other.scheduler = kind.from_config(pipe.scheduler.config)
     other.set_progress_bar_config(disable=True)
-    scene, named = named_rightly(other, num=16, num_inference_steps=steps)
+    scene, named = named_rightly(other, num_inference_steps=steps)
     assert scene > 0.5 and named > 0.3
 
 

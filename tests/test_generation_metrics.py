@@ -304,7 +304,7 @@ def test_shipped_judge_is_good_and_another_network():
 def test_pretrain_judge_runs(warm, tmp_path):
     done = runs.start(
         "pretrain_judge",
-        dict(num_images=64, num_validation=620, steps=2, batch_size=8, eval_every=2, workers=1),
+        dict(num_images=64, num_validation=120, steps=2, batch_size=8, eval_every=2, workers=1),
         runs_dir=tmp_path,
         progress=False,
     )

@@ -71,8 +71,10 @@ def test_tour(warm, tmp_path, run_again):
     assert figures >= {"world.png", "bayes.png", "painted.png"}
 
 
+@pytest.mark.long
 def test_pretraining(warm, tmp_path):
-    tiny = dict(num_images=64, num_validation=32, eval_every=2, workers=1)
+    # one thread: beside other tests, two wait for each other most of the time
+    tiny = dict(num_images=64, num_validation=32, eval_every=2, workers=1, num_threads=1)
     clip = run("pretrain_clip", tmp_path, steps=2, batch_size=8, **tiny)
     _, tokenizer = load_clip(clip.dir / "clip")
     assert tokenizer.tokenize("<emotion>") == ["<emotion>"]

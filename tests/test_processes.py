@@ -21,6 +21,8 @@ from uniemo.runs.jobs import FullRun
 from uniemo.runs.processes import launch_command
 from uniemo.understanding import UnderstandingConfig
 
+pytestmark = pytest.mark.long
+
 # stage 3 first: what it reads must be the same images, to the bit
 ORDER = ("understand_again", "understand", "join", "paint", "choose", "measure")
 SHORT = dict(steps=4, epochs=None, batch_size=8, num_queries=2, cpu=True)

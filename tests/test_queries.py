@@ -1,9 +1,7 @@
 """Expert queries on four families of backbones: what must hold whatever the weights."""
 
 import copy
-import os
 import pickle
-import shutil
 
 import pytest
 import torch
@@ -197,20 +195,18 @@ def test_half_precision(family, pixels):
         )
 
 
-def _cxx():
-    return any(shutil.which(c) for c in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if c)
+def test_compile(pixels):
+    """One graph without a break, forward and backward, with the same numbers.
 
-
-@pytest.mark.skipif(not _cxx(), reason="torch.compile on a CPU needs a C++ compiler")
-@pytest.mark.parametrize("family", ["clip_vision_model"])
-def test_compile(family, pixels):
-    model = model_of(family, layers=3)
+    What a compiler makes of it takes a minute on a processor: `make gpu` trains a compiled stage 1.
+    """
+    model = model_of(layers=3)
     want = model(pixels)
     loss_of(model, pixels).backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    fast = torch.compile(model, fullgraph=True, dynamic=False)
-    out = fast(pixels)
+    traced = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    out = traced(pixels)
     for k in FEATURES:
         torch.testing.assert_close(out[k], want[k], atol=1e-5, rtol=1e-4)
     text = torch.ones(model.config.text_dim, 3)

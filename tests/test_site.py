@@ -177,12 +177,10 @@ def promised(browser, code):
     return answer["result"].get("value")
 
 
-def scheme(browser, name, width):
-    "Ask for a colour scheme as the system does, in a window of this width."
-    wish = [dict(name="prefers-color-scheme", value=name)]
+def prefer(browser, scheme):
+    "Ask for a colour scheme as the system does."
+    wish = [dict(name="prefers-color-scheme", value=scheme)]
     browser.send("Emulation.setEmulatedMedia", features=wish)
-    size = dict(width=width, height=1000, deviceScaleFactor=1, mobile=False)
-    browser.send("Emulation.setDeviceMetricsOverride", **size)
 
 
 needs_browser = pytest.mark.skipif(
@@ -190,6 +188,7 @@ needs_browser = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 @needs_browser
 def test_every_page_in_both_schemes(site, address, tmp_path):
     "No complaint of the browser, formulas drawn and not cut off, pictures shown, text readable."
@@ -197,12 +196,14 @@ def test_every_page_in_both_schemes(site, address, tmp_path):
     wrong = []
     with Browser(tmp_path / "profile") as browser:
         browser.socket.settimeout(PATIENCE)
+        size = dict(width=1280, height=1000, deviceScaleFactor=1, mobile=False)
+        browser.send("Emulation.setDeviceMetricsOverride", **size)
         for page in pages_of(site):
-            scheme(browser, "light", 1280)
+            prefer(browser, "light")
             browser.open(address + page)
             promised(browser, LOADED)
             found = [f"light: {o}" for o in promised(browser, f"({LOOK})(false)")]
-            scheme(browser, "dark", 1280)
+            prefer(browser, "dark")
             found += [f"dark: {o}" for o in promised(browser, f"({LOOK})(true)")]
             found += browser.complaints
             browser.complaints.clear()

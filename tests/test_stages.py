@@ -41,7 +41,7 @@ DATA = dict(num_train=48, num_val=24, num_test=24, seed=0)
 SHORT = dict(seed=0, steps=4, eval_every=4, num_queries=2)
 FIRST = settings_of(UnderstandingConfig.preset("mini", **SHORT, epochs=None, batch_size=16))
 SECOND = settings_of(JointConfig.preset("mini", **SHORT, batch_size=8, warm_start=4))
-pytestmark = pytest.mark.usefixtures("warm")
+pytestmark = pytest.mark.usefixtures("short_warm_start")
 TINY = dict(understanding_steps=2, joint_steps=2, num_inference_steps=1, num_threads=1)
 
 
@@ -318,8 +318,7 @@ def test_an_image_with_three_objects_is_one_image_of_its_scene():
 
 
 def test_joint_experiment(tmp_path):
-    short = dict(joint_settings=dict(warm_start=8))
-    params = dict(TINY, **short, num_train=32, num_test=32, num_images=1)
+    params = dict(TINY, num_train=32, num_test=32, num_images=1)
     run = start("joint", params, tmp_path, progress=False)
     assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
 
@@ -356,6 +355,7 @@ def test_joint_says_what_it_needs_before_it_begins(tmp_path):
     assert not list((tmp_path / "runs").glob("*/stages"))
 
 
+@pytest.mark.long
 def test_quickstart(tmp_path, run_again):
     params = dict(TINY, num_train=48, num_test=32, num_per_emotion=2, max_kept=2)
     run = start(run_again("quickstart"), params, tmp_path, progress=False)
@@ -364,7 +364,7 @@ def test_quickstart(tmp_path, run_again):
     assert {"world.png", "generated.png", "filter.png", "story.png"} <= figures
 
 
-def test_quickstart_on_photographs(short_warm_start, tmp_path, run_again):
+def test_quickstart_on_photographs(tmp_path, run_again):
     table = photographs(tmp_path)
     params = dict(TINY, data=str(table), num_per_emotion=2, max_kept=2)
     run = start(run_again("quickstart"), params, tmp_path, progress=False)
@@ -389,7 +389,8 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
     assert not list((tmp_path / "runs").glob("*/stages"))
 
 
-def test_evaluate(short_warm_start, tmp_path):
+@pytest.mark.long
+def test_evaluate(tmp_path):
     chosen = ["prompts, estimated table", "textual inversion, three tokens", "separate words"]
     chosen += ["UniEmo", "space diagonal", "best of 2", "refined word, 1 steps"]
     seeds = dict(seeds=[0], implicit_seeds=[0])
@@ -408,6 +409,7 @@ def test_evaluate(short_warm_start, tmp_path):
     assert not (again.dir / "stages").exists()
 
 
+@pytest.mark.long
 def test_feedback(tmp_path):
     few = dict(sizes=[32], seeds=[0], num_per_emotion=2, max_kept=2, num_test=40)
     params = dict(TINY, **few, stages=str(tmp_path / "stages"))

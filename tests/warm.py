@@ -24,6 +24,7 @@ def run_kernel(arguments, env, cwd):
     "What `python -m ipykernel_launcher` does, in a process that is there already."
     os.setsid()
     import matplotlib
+    from huggingface_hub import constants
     from ipykernel.kernelapp import IPKernelApp
 
     from uniemo.joint import JointConfig
@@ -39,6 +40,8 @@ def run_kernel(arguments, env, cwd):
     small = {"figure.dpi": 25, "savefig.dpi": 25}
     SETTINGS.update(small)
     matplotlib.rcParams.update(small)
+    # the place of the hub's cache is read when its library is imported
+    constants.HF_HUB_CACHE = env.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
     if WARM_START in env:
         JointConfig.presets["mini"]["warm_start"] = int(env[WARM_START])
     sys.argv = ["ipykernel_launcher", *arguments]

@@ -272,8 +272,8 @@ class Backbone:
         image_std: list[float] | None = None,
     ):
         self.text_dim = getattr(model.config, "projection_dim", None)
-        # a whole CLIP's or SigLIP's own map to its names; None: it has none, or was not read
-        self.projection = own_projection(model)
+        # a whole CLIP's or SigLIP's own map to its names, and where the model was read from
+        self.projection, self.source = own_projection(model), None
         kind = getattr(model.config, "model_type", None)
         if kind not in FAMILIES or type(model) is not FAMILIES[kind].model:
             model = vision_model(model)
@@ -297,7 +297,9 @@ class Backbone:
         load = family.model.from_pretrained
         model = load_pretrained(load, name, foreign=family.unread, **kwargs)
         mean, std = _read_normalisation(name)
-        return cls(model, mean, std).resized(image_size)
+        backbone = cls(model, mean, std)
+        backbone.source = name
+        return backbone.resized(image_size)
 
     @classmethod
     def from_config(
@@ -461,7 +463,8 @@ def _resize(backbone, image_size):
     new.load_state_dict(weights)
     new.to(old.device, old.dtype).train(old.training)
     resized = Backbone(new, backbone.image_mean, backbone.image_std)
-    resized.text_dim, resized.projection = backbone.text_dim, backbone.projection
+    for name in ("text_dim", "projection", "source"):
+        setattr(resized, name, getattr(backbone, name))
     return resized
 
 

@@ -172,8 +172,6 @@ def build_encoder(
     if not isinstance(backbone, Backbone):
         folder = model_folder(backbone)
         backbone = Backbone.from_pretrained(folder, dtype=torch.float32)
-        if config.read_out == "last" and config.num_queries:
-            backbone.projection = name_projection(folder)
     names = list(MIKELS.names if emotions is None else emotions)
     torch.manual_seed(config.seed)
     model = ExpertQueryModel(
@@ -194,12 +192,14 @@ def build_encoder(
 # %% ../nbs/05_understanding.ipynb #5c01fdf9
 def _projection_of(backbone):
     "A backbone's own map to the names."
-    if backbone.projection is None:
-        raise ValueError(
-            "read_out='last' starts from the foundation model's own map to names, and this "
-            "backbone has none: give a whole CLIP or SigLIP, or set read_out='thirds'"
-        )
-    return backbone.projection
+    if backbone.projection is not None:
+        return backbone.projection
+    if backbone.source is not None:
+        return name_projection(backbone.source)
+    raise ValueError(
+        "read_out='last' starts from the foundation model's own map to names, and this "
+        "backbone has none: give a whole CLIP or SigLIP, or set read_out='thirds'"
+    )
 
 
 def encoder_view(model: ExpertQueryModel) -> NetworkView:

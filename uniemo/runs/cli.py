@@ -55,6 +55,7 @@ from uniemo.commands.terminal import (
     is_watched,
     print_table,
     shorten,
+    silent_libraries,
     working,
 )
 
@@ -397,12 +398,14 @@ def open_demo(
     if static is not None:
         from uniemo.explore.webpage import write_page
 
-        folder = shorten(write_page(model, static))
+        with working("writing the page"), silent_libraries():
+            folder = shorten(write_page(model, static))
         print(f"{folder}\nto look at it: python -m http.server --directory {folder}")
         return
     from uniemo.explore.page import demo
 
-    demo(model, port, browser, wait=True)
+    with silent_libraries():
+        demo(model, port, browser, wait=True)
 
 
 # %% ../../nbs/runs/cli.ipynb #cell-17

@@ -119,7 +119,7 @@ def test_joint_from_the_command_line(warm, folder, tmp_path, monkeypatch, capsys
     with pytest.raises(ValueError, match="changes no photograph"):
         studio.paint(Wish("fear"), 1, photo)
     # 5. the page without Python says what it cannot do
-    with pytest.raises(ValueError, match="FamilyPipeline"):
+    with pytest.raises(ValueError, match="not with a StableDiffusion3Pipeline"):
         page_of(run.dir, None)
 
 

@@ -195,6 +195,10 @@ def test_half_precision(family, pixels):
         )
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7",
+    reason="torch 2.6 compiles no named tuple of which a field is replaced",
+)
 def test_compile(pixels):
     """One graph without a break, forward and backward, with the same numbers.
 

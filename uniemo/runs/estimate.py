@@ -52,7 +52,7 @@ from ..train.advice import split_batch
 from ..understanding import UnderstandingConfig, UnderstandingStage
 
 
-# %% ../../nbs/runs/estimate.ipynb #cell-16
+# %% ../../nbs/runs/estimate.ipynb #5e1f2a9c
 def device_of(
     tensor: FakeTensor,
 ) -> torch.device:
@@ -61,6 +61,7 @@ def device_of(
     return torch.device("meta") if inside else tensor.fake_device
 
 
+# %% ../../nbs/runs/estimate.ipynb #cell-16
 class MemoryTracker(TorchDispatchMode):
     "Within this context: bytes alive (`now`), their `peak`, and the `gradients` in the peak."
 

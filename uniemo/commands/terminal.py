@@ -16,11 +16,13 @@ __all__ = [
     "is_watched",
     "working",
     "silent_libraries",
+    "collector_rests",
     "choose_device",
     "load_pipeline",
 ]
 
 # %% ../../nbs/commands/terminal.ipynb #e9e17925
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +131,19 @@ def silent_libraries() -> Iterator[None]:
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()
+
+
+# %% ../../nbs/commands/terminal.ipynb #735cf1c2
+@contextmanager
+def collector_rests() -> Iterator[None]:
+    "While inside, Python's collector of cycles does not run."
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 # %% ../../nbs/commands/terminal.ipynb #ef363db9

@@ -51,6 +51,7 @@ from ..commands.pictures import edit, generate
 from uniemo.commands.terminal import (
     Model,
     Quiet,
+    collector_rests,
     examples,
     is_watched,
     print_table,
@@ -465,7 +466,7 @@ def estimate_memory(
     quiet: Quiet = False,
 ):
     "How much memory NAME, a preset (paper, mini) or an experiment, will take, before it does."
-    with working("loading the libraries", quiet):
+    with working("loading the libraries", quiet), collector_rests():
         from transformers.utils import logging
 
         from uniemo.diffusion.latents import image_side
@@ -484,7 +485,8 @@ def estimate_memory(
             changes.setdefault("vae_size", size)
     try:
         progress = is_watched(quiet)
-        table = estimate(name, stages, device=device, progress=progress, **changes)
+        with collector_rests():
+            table = estimate(name, stages, device=device, progress=progress, **changes)
     except TypeError as e:  # an unknown setting, or one of the wrong type
         raise ValueError(e) from None
     print_table(list(_rows_of(table)), ["stage", "part", *table.columns])

@@ -45,7 +45,7 @@ from ..data.transforms import NetworkView
 from ..emotions import MIKELS
 from ..files.shipped import sha256, shipped_folder
 from .clip import load_clip
-from .sceptics import fitted_names, name_baselines
+from .sceptics import fitted_names, name_baselines, read_names
 from .splits import paint_split
 from .worlds import FIRST_WORLD, World, world_of
 from ..runs.keys import source_hash
@@ -85,6 +85,13 @@ def clip_folder_of(
 _clip = lru_cache(maxsize=2)(load_clip)
 
 
+@lru_cache(maxsize=1)
+def _seen_names(clip_folder, world, num_val, num_test):
+    "What a CLIP says of the test images: every seed asks it."
+    splits, _ = _held_out(world, num_val, num_test)
+    return read_names(*_clip(clip_folder), splits["test"]["pixel_values"])
+
+
 # %% ../../nbs/mini/contenders.ipynb #130757cf
 @dataclass(frozen=True)
 class Contest:
@@ -115,6 +122,12 @@ class Contest:
     def clip(self) -> tuple:
         "The CLIP and its tokenizer. Copy what you train."
         return _clip(self.clip_folder or clip_folder_of(self.world))
+
+    @property
+    def seen(self) -> dict[str, torch.Tensor]:
+        "Shares of the test images' names by that CLIP, kind -> [num_test, names]."
+        folder = self.clip_folder or clip_folder_of(self.world)
+        return _seen_names(folder, world_of(self.world), self.num_val, self.num_test)
 
     @cached_property
     def text(self) -> dict:
@@ -211,8 +224,8 @@ def counted(
     rule: str,  # a key of `name_baselines`
 ) -> dict[str, float]:
     "A rule of counted names."
-    world = world_of(contest.world)
-    return contest.told(name_baselines(contest.splits, *contest.clip, world=world)[rule])
+    known = dict(world=world_of(contest.world), seen=contest.seen)
+    return contest.told(name_baselines(contest.splits, *contest.clip, **known)[rule])
 
 
 COUNTERS = {
@@ -228,7 +241,7 @@ COUNTERS["Bayes of true names"] = partial(counted, rule="Bayes")
 
 def counted_and_fitted(contest: Contest) -> dict[str, float]:
     "Zero-shot names and the table of pairs, three weights fitted."
-    return contest.told(fitted_names(contest.splits, *contest.clip))
+    return contest.told(fitted_names(contest.splits, *contest.clip, contest.seen))
 
 
 COUNTERS["zero-shot names, fitted pair table"] = counted_and_fitted

@@ -71,6 +71,7 @@ def name_baselines(
     smoothing: float = 1.0,  # images of an average emotion added to each count of a name
     weight: float = 4.0,  # of the product, in images of a pair
     world: World = FIRST_WORLD,  # whose truth Bayes knows
+    seen: dict | None = None,  # shares of the test images' names; None: they are read
 ) -> dict[str, torch.Tensor]:  # "reader, rule" -> logits of the test images [N, E]
     "Logits of whoever reads names and counts: nothing is trained."
     names = splits.names
@@ -83,7 +84,8 @@ def name_baselines(
     )
     labels = splits.tensor("train", "label")
     pairs = PairTable.count(singles, written_names(splits, "train"), labels, weight)
-    seen = read_names(clip, tokenizer, splits.tensor("test", "pixel_values"))
+    if seen is None:
+        seen = read_names(clip, tokenizer, splits.tensor("test", "pixel_values"))
     found = {}
     for reader, shares in zip(READERS, (seen, written_names(splits, "test"))):
         found[f"{reader}, {RULES[0]}"] = additive_logits(shares, singles)
@@ -111,20 +113,20 @@ def fitted_names(
     splits: EmotionSplits,  # of the painted world
     clip,
     tokenizer,
+    seen: dict | None = None,  # shares of the test images' names; None: they are read
 ) -> torch.Tensor:  # logits of the test images [N, E]
     "Zero-shot names and the table of pairs, its three weights fitted on the training images."
-    seen = {
-        split: read_names(clip, tokenizer, splits.tensor(split, "pixel_values"))
-        for split in ("train", "test")
-    }
+    if seen is None:
+        seen = read_names(clip, tokenizer, splits.tensor("test", "pixel_values"))
+    known = read_names(clip, tokenizer, splits.tensor("train", "pixel_values"))
     own = written_names(splits, "train").values()
     emotion = F.one_hot(splits.tensor("train", "label"), len(splits.emotions))
     sizes = (len(splits.names[kind]) for kind in KINDS)
     prior = NamePrior(*sizes, len(splits.emotions), text_dim=1)
     nothing = torch.zeros(1)
     prior.fill(NameCounts.of(*own, emotion), nothing, nothing)
-    prior.fit_weights(*seen["train"].values(), *(names.bool() for names in own), emotion)
-    return prior(*seen["test"].values()).detach()
+    prior.fit_weights(*known.values(), *(names.bool() for names in own), emotion)
+    return prior(*seen.values()).detach()
 
 
 # %% ../../nbs/mini/sceptics.ipynb #c8ef4515

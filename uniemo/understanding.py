@@ -9,6 +9,7 @@ __all__ = [
     "model_folder",
     "UnderstandingConfig",
     "build_encoder",
+    "encoder_view",
     "PassThrough",
     "without_interaction",
     "UnderstandingStage",
@@ -202,6 +203,7 @@ def _projection_of(backbone):
     )
 
 
+# %% ../nbs/05_understanding.ipynb #85b376b5
 def encoder_view(model: ExpertQueryModel) -> NetworkView:
     "How an encoder reads images."
     config = model.config

@@ -39,6 +39,7 @@ EXPERIMENTS = [
     "feedback",
     "emoset",
     "pretrain_clip",
+    "pretrain_autoencoder",
     "pretrain_diffusion",
     "pretrain_judge",
 ]  # reading order; others follow by name

@@ -18,7 +18,6 @@ from uniemo.mini.clip import clip_scores, load_clip, retrieve_names, shift_patch
 from uniemo.mini.diffusion import (
     SCHEDULE,
     balanced_prompts,
-    build_unet,
     diffusion_pipeline,
     load_diffusion,
     save_diffusion,
@@ -162,8 +161,8 @@ def test_samplers_made_from_the_shipped_scheduler_paint_as_well(pipe, kind, step
 
 
 def test_what_is_saved_clips_no_latents(pipe, tmp_path):
-    clip, tokenizer = load_clip()
-    save_diffusion(build_unet(), pipe.vae, clip, tokenizer, tmp_path)
+    _, tokenizer = load_clip()
+    save_diffusion(pipe, tmp_path)
     again = load_diffusion(tmp_path)
     assert DDIMScheduler.from_config(again.scheduler.config).config.clip_sample is False
     made = diffusion_pipeline(pipe.unet, pipe.vae, pipe.text_encoder, tokenizer)
@@ -177,7 +176,7 @@ from uniemo.mini.clip import load_clip, save_clip
 from uniemo.mini.diffusion import load_diffusion, save_diffusion
 pipe, (clip, tokenizer) = load_diffusion(), load_clip()
 save_clip(clip, tokenizer, tempfile.mkdtemp())
-save_diffusion(pipe.unet, pipe.vae, clip, tokenizer, tempfile.mkdtemp())
+save_diffusion(pipe, tempfile.mkdtemp())
 """
 
 

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from uniemo import runs
 from uniemo.files.shipped import check_manifest
 from uniemo.mini.autoencoder import AutoencoderStage, build_vae, only_decoder
 from uniemo.mini.clip import ClipStage, build_clip, clip_config, load_clip
-from uniemo.mini.diffusion import load_diffusion
 from uniemo.mini.shipping import ship
 from uniemo.mini.splits import paint_neutral
 from uniemo.mini.tokens import build_tokenizer
@@ -78,24 +78,24 @@ def test_pretraining(warm, tmp_path):
     clip = run("pretrain_clip", tmp_path, steps=2, batch_size=8, **tiny)
     _, tokenizer = load_clip(clip.dir / "clip")
     assert tokenizer.tokenize("<emotion>") == ["<emotion>"]
-    diffusion = run(
-        "pretrain_diffusion",
-        tmp_path,
-        clip_folder=str(clip.dir / "clip"),
-        vae_steps=2,
-        vae_stop=1,
-        vae_batch_size=2,
-        unet_steps=2,
-        unet_batch_size=4,
-        decoder_steps=1,
-        num_samples=4,
-        num_prompts=4,
-        **tiny,
-    )
-    assert load_diffusion(diffusion.dir / "diffusion").unet.config.sample_size == 16
-    entry = ship(diffusion.dir, "diffusion", tmp_path / "shipped")
-    assert entry["parameters"]["unet_steps"] == 2
+
+
+@pytest.mark.long
+def test_pretraining_of_an_autoencoder_and_both_denoisers(warm, tmp_path):
+    tiny = dict(world="2.0", num_images=64, num_validation=32, workers=1, num_threads=1)
+    first = dict(start="mini", latent_channels=8, perceptual=True)
+    steps = dict(steps=2, stop=1, decoder_steps=1, batch_size=2)
+    autoencoder = run("pretrain_autoencoder", tmp_path, **first, **steps, **tiny)
+    lines = (autoencoder.dir / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line).get("part") for line in lines} >= {"vae", "decoder"}
+    few = dict(steps=2, batch_size=4, eval_every=2, num_samples=4, num_prompts=4, mirror=True)
+    for denoiser, model in dict(unet="UNet2D", transformer="SD3").items():
+        given = dict(denoiser=denoiser, vae_folder=str(autoencoder.dir / "autoencoder"))
+        made = run("pretrain_diffusion", tmp_path, **given, **few, **tiny)
+        pipe = DiffusionPipeline.from_pretrained(made.dir / "diffusion")
+        part = pipe.components["unet" if denoiser == "unet" else "transformer"]
+        assert type(part).__name__.startswith(model) and part.config.in_channels == 8
+    entry = ship(made.dir, "diffusion", tmp_path / "shipped", "flow")
+    assert entry["parameters"]["steps"] == 2
     assert check_manifest(tmp_path / "shipped") == []
-    lines = (diffusion.dir / "metrics.jsonl").read_text().splitlines()
-    assert {json.loads(line).get("part") for line in lines} >= {"vae", "unet", "decoder"}
-    assert list((diffusion.dir / "figures").glob("samples_*.png"))
+    assert list((made.dir / "figures").glob("samples_*.png"))

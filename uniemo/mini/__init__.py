@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         build_vae,
         edges,
         encode_latents,
+        grow_vae,
         only_decoder,
         patch_features,
         reconstruct,
@@ -86,10 +87,12 @@ if TYPE_CHECKING:
         draw_weights,
         load_diffusion,
         sample,
+        sampler_of,
         samples_to_paint,
         save_diffusion,
         to_images,
         weighted_velocity_loss,
+        with_captions,
     )
     from .edits import (
         EditTask,
@@ -104,6 +107,16 @@ if TYPE_CHECKING:
         written_edits,
     )
     from .faults import FAULTS, faulty_candidates
+    from .flow import (
+        FlowStage,
+        T5_LENGTH,
+        TEXT_TOWERS,
+        TokenReadout,
+        build_transformer,
+        flow_condition,
+        flow_pipeline,
+        projected_tower,
+    )
     from .interaction import (
         ALL_OBJECTS,
         DISTRACTORS,
@@ -151,7 +164,16 @@ if TYPE_CHECKING:
         sprites,
         twin,
     )
-    from .pretraining import PartOfRun, SampleSheets, WeakerClips, name_rates, patch_names
+    from .pretraining import (
+        PartOfRun,
+        STRONGEST,
+        SampleSheets,
+        WeakerClips,
+        name_rates,
+        patch_names,
+        strongest_clip,
+        with_mirrored,
+    )
     from .probes import expert_movement, plot_movement, twin_images
     from .regimes import (
         COLUMNS,
@@ -250,6 +272,7 @@ _rooms = {
         "build_vae",
         "edges",
         "encode_latents",
+        "grow_vae",
         "only_decoder",
         "patch_features",
         "reconstruct",
@@ -313,10 +336,12 @@ _rooms = {
         "draw_weights",
         "load_diffusion",
         "sample",
+        "sampler_of",
         "samples_to_paint",
         "save_diffusion",
         "to_images",
         "weighted_velocity_loss",
+        "with_captions",
     ],
     "edits": [
         "EditTask",
@@ -331,6 +356,16 @@ _rooms = {
         "written_edits",
     ],
     "faults": ["FAULTS", "faulty_candidates"],
+    "flow": [
+        "FlowStage",
+        "T5_LENGTH",
+        "TEXT_TOWERS",
+        "TokenReadout",
+        "build_transformer",
+        "flow_condition",
+        "flow_pipeline",
+        "projected_tower",
+    ],
     "interaction": [
         "ALL_OBJECTS",
         "DISTRACTORS",
@@ -378,7 +413,16 @@ _rooms = {
         "sprites",
         "twin",
     ],
-    "pretraining": ["PartOfRun", "SampleSheets", "WeakerClips", "name_rates", "patch_names"],
+    "pretraining": [
+        "PartOfRun",
+        "STRONGEST",
+        "SampleSheets",
+        "WeakerClips",
+        "name_rates",
+        "patch_names",
+        "strongest_clip",
+        "with_mirrored",
+    ],
     "probes": ["expert_movement", "plot_movement", "twin_images"],
     "regimes": [
         "COLUMNS",

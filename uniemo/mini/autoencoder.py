@@ -6,6 +6,7 @@
 __all__ = [
     "LATENT_STD",
     "build_vae",
+    "grow_vae",
     "edges",
     "patch_features",
     "vae_loss",
@@ -35,29 +36,59 @@ LATENT_STD = 0.1  # standard deviation of the posterior
 def _without_variance(grad):
     "The gradient of a last convolution, but for the rows that give the posterior's variance."
     grad = grad.clone()
-    grad[4:] = 0
+    grad[len(grad) // 2 :] = 0
     return grad
 
 
-def build_vae() -> AutoencoderKL:
-    "An untrained mini autoencoder: [B, 3, 64, 64] in [-1, 1] to latents [B, 4, 16, 16]."
+def build_vae(latent_channels: int = 4) -> AutoencoderKL:
+    "An untrained mini autoencoder: [B, 3, 64, 64] in [-1, 1] to latents [B, channels, 16, 16]."
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         mid_block_add_attention=False,
         sample_size=64,
     )
     last = vae.quant_conv
     with torch.no_grad():
-        last.weight[4:] = 0
-        last.bias[4:] = 2 * np.log(LATENT_STD)
+        last.weight[latent_channels:] = 0
+        last.bias[latent_channels:] = 2 * np.log(LATENT_STD)
     last.weight.register_hook(_without_variance)
     last.bias.register_hook(_without_variance)
     return vae
+
+
+# %% ../../nbs/mini/autoencoder.ipynb #10ecf20a
+@torch.no_grad()
+def grow_vae(
+    start: AutoencoderKL,
+    latent_channels: int,  # as many as `start` has, or more
+) -> AutoencoderKL:
+    "A mini autoencoder that begins as another: the same images, until its new channels are read."
+    grown = build_vae(latent_channels)
+    few = start.config.latent_channels
+    others = start.state_dict()
+    for name, values in grown.state_dict().items():
+        other = others[name]
+        if name.startswith("encoder.conv_out"):
+            values[: 2 * few] = other
+        elif name.startswith("quant_conv"):
+            # the means; what the variance is stands in `build_vae`
+            values[:few] = 0
+            block = values[:few, : 2 * few] if values.ndim > 1 else values[:few]
+            block.copy_(other[:few])
+        elif values.shape != other.shape:
+            values[tuple(slice(side) for side in other.shape)] = other
+        else:
+            values.copy_(other)
+    decoder = grown.decoder.conv_in.weight
+    decoder[:, few:] = 0
+    mixing = grown.post_quant_conv.weight
+    mixing[:few, few:] = 0
+    return grown
 
 
 # %% ../../nbs/mini/autoencoder.ipynb #a96eea78
@@ -102,6 +133,7 @@ def vae_loss(
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
     "What is decoded from the posterior's mean; the shape of `pixels`."
+    pixels = pixels.to(vae.device)
     means = (vae.encode(batch).latent_dist.mean for batch in pixels.split(batch_size))
     return torch.cat([vae.decode(mean).sample.clamp(-1, 1) for mean in means])
 
@@ -184,10 +216,10 @@ def encode_latents(
     images: np.ndarray,  # uint8 [n, 64, 64, 3]
     progress: bool = True,
 ) -> torch.Tensor:
-    "Means of the posteriors [n, 4, 16, 16], not scaled, as float16."
+    "Means of the posteriors [n, channels, 16, 16], not scaled, as float16."
     starts = tqdm(range(0, len(images), 200), disable=not progress, desc="latents")
-    batches = (to_pixels(images[start : start + 200]) for start in starts)
-    return torch.cat([vae.encode(batch).latent_dist.mean.half() for batch in batches])
+    batches = (to_pixels(images[start : start + 200]).to(vae.device) for start in starts)
+    return torch.cat([vae.encode(batch).latent_dist.mean.half().cpu() for batch in batches])
 
 
 def scale_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

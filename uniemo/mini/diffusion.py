@@ -9,12 +9,14 @@ __all__ = [
     "build_unet",
     "diffusion_pipeline",
     "load_diffusion",
+    "sampler_of",
     "sample",
     "to_images",
     "balanced_prompts",
     "diffusion_scores",
     "PatchReadout",
     "weighted_velocity_loss",
+    "with_captions",
     "DiffusionStage",
     "samples_to_paint",
     "draw_weights",
@@ -23,6 +25,8 @@ __all__ = [
 
 # %% ../../nbs/mini/diffusion.ipynb #6a2f15d5
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +35,7 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -46,7 +51,6 @@ from uniemo.mini.clip import (
     captions_of,
     naming_scores,
     retrieve_names,
-    step_rng,
     text_encoder_of,
     world_read_by,
 )
@@ -56,10 +60,12 @@ from ..train.trainer import Stage
 
 
 # %% ../../nbs/mini/diffusion.ipynb #07ecf49f
-def build_unet() -> UNet2DConditionModel:
-    "An untrained mini U-Net on latents [B, 4, 16, 16] and text states [B, 16, 128]."
+def build_unet(latent_channels: int = 4) -> UNet2DConditionModel:
+    "An untrained mini U-Net on latents [B, channels, 16, 16] and text states [B, L, 128]."
     return UNet2DConditionModel(
         sample_size=16,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=(64, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -118,9 +124,22 @@ def load_diffusion(
 
 
 # %% ../../nbs/mini/diffusion.ipynb #8afbc020
+def sampler_of(pipe: DiffusionPipeline) -> Callable:
+    "The parts of a pipeline with the sampler of the scores; a flow keeps its own."
+    more = {}
+    if isinstance(pipe, StableDiffusionPipeline):
+        solver = DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1)
+        pipe = diffusion_pipeline(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, solver)
+    elif pipe.text_encoder_3 is None:
+        # no zeros for a T5 that is not there
+        more = dict(max_sequence_length=0)
+    pipe.set_progress_bar_config(disable=True)
+    return partial(pipe, output_type="pt", **more)
+
+
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],
     steps: int = 25,
     guidance_scale: float = 4.0,
@@ -128,14 +147,7 @@ def sample(
     batch_size: int = 50,
 ) -> torch.Tensor:
     "Pixel values [n, 3, 64, 64] in [-1, 1], one image a prompt."
-    sampler = diffusion_pipeline(
-        pipe.unet,
-        pipe.vae,
-        pipe.text_encoder,
-        pipe.tokenizer,
-        DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1),
-    )
-    sampler.set_progress_bar_config(disable=True)
+    sampler = sampler_of(pipe)
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -145,7 +157,6 @@ def sample(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=generators,
-            output_type="pt",
         )
         images.append(out.images * 2 - 1)
     return torch.cat(images)
@@ -213,8 +224,8 @@ class PatchReadout(nn.Module):
 def weighted_velocity_loss(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
-    latents: torch.Tensor,  # scaled, [B, 4, 16, 16]
-    text_states: torch.Tensor,  # [B, 16, 128]
+    latents: torch.Tensor,  # scaled, [B, channels, 16, 16]
+    text_states: torch.Tensor,  # [B, L, 128]
 ) -> torch.Tensor:
     "The mean squared error of the velocity at random steps, with min-SNR weights."
     count = scheduler.config.num_train_timesteps
@@ -229,8 +240,18 @@ def weighted_velocity_loss(
 
 
 # %% ../../nbs/mini/diffusion.ipynb #37500ca9
+def with_captions(
+    data: dict,  # arrays as `paint` names them
+    tokenizer: CLIPTokenizer,
+) -> dict:
+    "The same with `input_ids` [n, L]: the caption of each image, as the text tower reads it."
+    captions = captions_of(data["scene"], data["objects"])
+    return dict(data, input_ids=tokenize(tokenizer, captions))
+
+
+# %% ../../nbs/mini/diffusion.ipynb #aa3353fa
 class DiffusionStage(Stage):
-    """Pre-training of a mini U-Net on `latents`, `scene`, `objects`, `patches`;
+    """Pre-training of a mini U-Net on `latents`, `input_ids`, `patches`;
     validation on `scene`, `object`, `seed` of images to be painted."""
 
     metric = "sample_object"
@@ -238,7 +259,7 @@ class DiffusionStage(Stage):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: nn.Module,  # the U-Net
         vae: AutoencoderKL,  # frozen, for the samples
         clip: CLIPModel,  # frozen: its text tower conditions, and it names the samples
         tokenizer: CLIPTokenizer,
@@ -249,34 +270,44 @@ class DiffusionStage(Stage):
         world = world_read_by(clip)
         self.num_objects = len(world.objects)
         num_names = sum(map(len, world.names.values()))
-        self.unet, self.readout = unet, PatchReadout(unet, num_names)
+        self.denoiser, self.readout = denoiser, self.build_readout(denoiser, num_names)
         self.vae, self.clip = vae.requires_grad_(False), clip.requires_grad_(False)
-        self.text_encoder, self.tokenizer = text_encoder_of(clip), tokenizer
+        self.text_encoder, self.tokenizer = self.build_text_encoder(clip), tokenizer
+        self.register_buffer("no_caption", tokenize(tokenizer, [""]), persistent=False)
         self.scheduler = DDIMScheduler(**SCHEDULE)
         self.learning_rate, self.guidance_scale = learning_rate, guidance_scale
 
+    def build_readout(self, denoiser, num_names):
+        "What reads the names of patches from the middle of the denoiser."
+        return PatchReadout(denoiser, num_names)
+
+    def build_text_encoder(self, clip):
+        "What reads captions."
+        return text_encoder_of(clip)
+
     def parameter_groups(self):
-        "The U-Net and its read-out."
-        modules = dict(unet=self.unet, readout=self.readout)
+        "The denoiser and its read-out."
+        modules = dict(denoiser=self.denoiser, readout=self.readout)
         return {
             name: (dict(module.named_parameters()), self.learning_rate, 0.01)
             for name, module in modules.items()
         }
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         "The parts as they are now."
-        return diffusion_pipeline(self.unet, self.vae, self.text_encoder, self.tokenizer)
+        return diffusion_pipeline(self.denoiser, self.vae, self.text_encoder, self.tokenizer)
+
+    def denoising_loss(self, latents: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        "The error of the denoiser at random steps."
+        states = self.text_encoder(input_ids).last_hidden_state
+        return weighted_velocity_loss(self.denoiser, self.scheduler, latents, states)
 
     def loss(self, batch, counts=None):
-        "Velocity, and the names of patches."
-        rng = step_rng()
-        captions = captions_of(batch["scene"].cpu(), batch["objects"].cpu())
-        captions = [text if rng.random() >= 0.1 else "" for text in captions]
-        ids = tokenize(self.tokenizer, captions).to(batch["latents"].device)
-        with torch.no_grad():
-            states = self.text_encoder(ids).last_hidden_state
-        latents = batch["latents"].float()
-        diffusion = weighted_velocity_loss(self.unet, self.scheduler, latents, states)
+        "The denoiser's error, and the names of patches."
+        input_ids = batch["input_ids"]
+        empty = torch.rand(len(input_ids), 1, device=input_ids.device) < 0.1
+        input_ids = torch.where(empty, self.no_caption, input_ids)
+        diffusion = self.denoising_loss(batch["latents"].float(), input_ids)
         readout = F.cross_entropy(self.readout(), batch["patches"].view(-1, 8, 8).long())
         return dict(loss=diffusion + 0.1 * readout, diffusion=diffusion, readout=readout)
 
@@ -319,13 +350,13 @@ def draw_weights(
 
 # %% ../../nbs/mini/diffusion.ipynb #039e3d8a
 def save_diffusion(
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    clip: CLIPModel,
-    tokenizer: CLIPTokenizer,
+    pipe: DiffusionPipeline,
     folder: str | Path,
 ):
-    "Save the parts as a `StableDiffusionPipeline` (float16 safetensors)."
+    "Save a pipeline in half precision (float16 safetensors)."
+    halves = copy.copy(pipe)
     with quiet():
-        halves = [copy.deepcopy(part).half() for part in (unet, vae, text_encoder_of(clip))]
-        diffusion_pipeline(*halves, tokenizer).save_pretrained(folder)
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module):
+                setattr(halves, name, copy.deepcopy(part).half())
+        halves.save_pretrained(folder)

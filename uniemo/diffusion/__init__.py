@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .latents import (
         LatentData,
         PIECE,
+        absent_parts,
         both_latents,
         cache_latents,
         check_diffusion,
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
         vae_pixels,
         write_latents,
     )
-    from .noise import DenoisingPart, half_copy
+    from .noise import DenoisingPart, half_copy, own_type
     from .painting import (
         DIFFUSION_PARTS,
         EmotionGuidance,
@@ -180,6 +181,7 @@ _rooms = {
     "latents": [
         "LatentData",
         "PIECE",
+        "absent_parts",
         "both_latents",
         "cache_latents",
         "check_diffusion",
@@ -196,7 +198,7 @@ _rooms = {
         "vae_pixels",
         "write_latents",
     ],
-    "noise": ["DenoisingPart", "half_copy"],
+    "noise": ["DenoisingPart", "half_copy", "own_type"],
     "painting": [
         "DIFFUSION_PARTS",
         "EmotionGuidance",

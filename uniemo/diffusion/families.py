@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.shares import draw_rows
 from .denoisers import Noise, as_type, denoiser_of, replaced
-from .noise import DenoisingPart, half_copy
+from .noise import DenoisingPart, half_copy, own_type
 from ..files.weights import quiet
 from ..fusion import PseudoWordMapper, compute_device, tower_words
 from ..towers import PromptWords, text_towers
@@ -227,7 +227,8 @@ class PipelinePart(DenoisingPart):
         times = self.noise.timesteps(timesteps)
         noised = self.noise.add(latents, noise, times)
         dtype = self.unet.dtype
-        prediction = self.denoiser.predict(noised.to(dtype), times, as_type(embeds, dtype))
+        with own_type(self.unet):
+            prediction = self.denoiser.predict(noised.to(dtype), times, as_type(embeds, dtype))
         return prediction, self.noise.target(latents, noise, times)
 
 

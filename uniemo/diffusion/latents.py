@@ -9,6 +9,7 @@ __all__ = [
     "folder_of",
     "read_index",
     "is_other_family",
+    "absent_parts",
     "read_configs",
     "image_side",
     "check_diffusion",
@@ -61,7 +62,8 @@ def open_diffusion(
     folder = folder_of(name)
     with quiet():
         if is_other_family(folder):
-            return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+            absent = absent_parts(folder)
+            return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)
         return StableDiffusionPipeline.from_pretrained(
             folder,
             safety_checker=None,
@@ -90,6 +92,12 @@ def is_other_family(folder: str | Path) -> bool:
     "Whether a folder or hub id holds a pipeline that is not Stable Diffusion 1.x or 2.x."
     own = FAMILIES["Stable Diffusion 1.x and 2.x"]
     return read_index(folder).get("_class_name", own[0]) not in own
+
+
+def absent_parts(diffusion: str | Path) -> dict:
+    "Parts that are left out, name -> None: diffusers asks for a T5 unless told that there is none."
+    index = read_index(diffusion)
+    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 # %% ../../nbs/diffusion/latents.ipynb #736a9a2c

@@ -107,6 +107,7 @@ if TYPE_CHECKING:
         written_edits,
     )
     from .faults import FAULTS, faulty_candidates
+    from .fewsteps import FEW_SIGMAS, FewStepStage, LORA_TARGETS, guided_walk, save_few_steps
     from .flow import (
         FlowStage,
         T5_LENGTH,
@@ -356,6 +357,7 @@ _rooms = {
         "written_edits",
     ],
     "faults": ["FAULTS", "faulty_candidates"],
+    "fewsteps": ["FEW_SIGMAS", "FewStepStage", "LORA_TARGETS", "guided_walk", "save_few_steps"],
     "flow": [
         "FlowStage",
         "T5_LENGTH",

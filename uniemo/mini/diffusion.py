@@ -145,6 +145,7 @@ def sample(
     guidance_scale: float = 4.0,
     seed: int = 0,  # of the first image; image i has seed + i
     batch_size: int = 50,
+    **more,  # for the pipeline's call
 ) -> torch.Tensor:
     "Pixel values [n, 3, 64, 64] in [-1, 1], one image a prompt."
     sampler = sampler_of(pipe)
@@ -157,6 +158,7 @@ def sample(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=generators,
+            **more,
         )
         images.append(out.images * 2 - 1)
     return torch.cat(images)
@@ -297,6 +299,10 @@ class DiffusionStage(Stage):
         "The parts as they are now."
         return diffusion_pipeline(self.denoiser, self.vae, self.text_encoder, self.tokenizer)
 
+    def sampling(self) -> dict:
+        "How `sample` paints with it."
+        return dict(guidance_scale=self.guidance_scale)
+
     def denoising_loss(self, latents: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         "The error of the denoiser at random steps."
         states = self.text_encoder(input_ids).last_hidden_state
@@ -315,7 +321,7 @@ class DiffusionStage(Stage):
         "The names that CLIP finds in samples, beside those that were asked for."
         objects = F.one_hot(batch["object"], self.num_objects).bool()
         prompts = captions_of(batch["scene"].cpu(), objects.cpu())
-        how = dict(guidance_scale=self.guidance_scale, seed=int(batch["seed"][0]))
+        how = dict(self.sampling(), seed=int(batch["seed"][0]))
         images = sample(self.pipeline(), prompts, **how)
         scene, found = retrieve_names(self.clip, self.tokenizer, images)
         asked = dict(scene=batch["scene"], objects=objects)

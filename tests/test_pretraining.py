@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from uniemo import runs
+from uniemo.diffusion.latents import open_diffusion
 from uniemo.files.shipped import check_manifest
 from uniemo.mini.autoencoder import AutoencoderStage, build_vae, only_decoder
 from uniemo.mini.clip import ClipStage, build_clip, clip_config, load_clip
@@ -92,7 +92,7 @@ def test_pretraining_of_an_autoencoder_and_both_denoisers(warm, tmp_path):
     for denoiser, model in dict(unet="UNet2D", transformer="SD3").items():
         given = dict(denoiser=denoiser, vae_folder=str(autoencoder.dir / "autoencoder"))
         made = run("pretrain_diffusion", tmp_path, **given, **few, **tiny)
-        pipe = DiffusionPipeline.from_pretrained(made.dir / "diffusion")
+        pipe = open_diffusion(made.dir / "diffusion")
         part = pipe.components["unet" if denoiser == "unet" else "transformer"]
         assert type(part).__name__.startswith(model) and part.config.in_channels == 8
     entry = ship(made.dir, "diffusion", tmp_path / "shipped", "flow")

@@ -115,6 +115,7 @@ if TYPE_CHECKING:
         TokenReadout,
         build_transformer,
         flow_condition,
+        flow_folder_of,
         flow_pipeline,
         projected_tower,
     )
@@ -365,6 +366,7 @@ _rooms = {
         "TokenReadout",
         "build_transformer",
         "flow_condition",
+        "flow_folder_of",
         "flow_pipeline",
         "projected_tower",
     ],

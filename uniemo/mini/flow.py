@@ -9,6 +9,7 @@ __all__ = [
     "build_transformer",
     "projected_tower",
     "flow_pipeline",
+    "flow_folder_of",
     "flow_condition",
     "TokenReadout",
     "FlowStage",
@@ -16,6 +17,7 @@ __all__ = [
 
 # %% ../../nbs/mini/flow.ipynb #8afb4f5f
 import copy
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..files.shipped import shipped_folder
 from .diffusion import DiffusionStage
 
 # %% ../../nbs/mini/flow.ipynb #8d336bb6
@@ -87,6 +90,14 @@ def flow_pipeline(
         text_encoder_3=None,
         tokenizer_3=None,
     )
+
+
+# %% ../../nbs/mini/flow.ipynb #57192dcd
+def flow_folder_of(
+    folder: str | Path | None = None,  # None: the shipped one
+) -> Path:
+    "Where the flow model is read from."
+    return Path(folder or shipped_folder("flow"))
 
 
 # %% ../../nbs/mini/flow.ipynb #e472d6a7

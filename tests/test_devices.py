@@ -15,8 +15,22 @@ from uniemo.joint import JointConfig, train_joint
 from uniemo.measure.evidence import EvidenceReader
 from uniemo.measure.generation import evaluate_generation
 from uniemo.mini import draw_spec, load_clip, load_judge, mini_networks, paint_splits, render
+from uniemo.mini.autoencoder import AutoencoderStage, build_vae, encode_latents, vae_scores
+from uniemo.mini.diffusion import (
+    DiffusionStage,
+    build_unet,
+    diffusion_scores,
+    samples_to_paint,
+    save_diffusion,
+    with_captions,
+)
+from uniemo.mini.fewsteps import FewStepStage, save_few_steps
+from uniemo.mini.flow import FlowStage, build_transformer
+from uniemo.mini.pretraining import strongest_clip, with_mirrored
+from uniemo.mini.splits import paint_neutral
+from uniemo.mini.worlds import world_of
 from uniemo.space import fit_space
-from uniemo.train import trainer
+from uniemo.train import TrainConfig, Trainer, trainer
 from uniemo.understanding import (
     UnderstandingConfig,
     encoder_view,
@@ -128,3 +142,37 @@ def test_metrics_of_generation(images, device):
     emotions = ["awe", "fear"] * 8
     scores = evaluate_generation(images, emotions, images[::-1], mini_networks(judge))
     assert np.isfinite(scores.value.dropna()).all()
+
+
+def test_pretraining_of_the_mini_models(tmp_path, device):
+    "An autoencoder, both denoisers, and the few steps of one."
+    world = world_of("2.0")
+    clip, tokenizer = strongest_clip(world)
+    data = paint_neutral(0, 8, world=world)
+    config = TrainConfig(steps=2, batch_size=4, eval_every=2, ema_decay=0.9)
+    vae = build_vae(8)
+    images = dict(images=data["images"])
+    Trainer(AutoencoderStage(vae, clip), config, images, images, progress=False).fit()
+    vae.eval().requires_grad_(False)
+    assert vae_scores(vae, clip, tokenizer, data)["mae"] > 0
+    double = with_mirrored(data)
+    latents = encode_latents(vae, double["images"], progress=False).float()
+    captioned = with_captions(double, tokenizer)
+    learned = dict(latents=latents, **{k: captioned[k] for k in ("input_ids", "patches")})
+    transformer = build_transformer()
+    parts = (vae, clip, tokenizer, 1e-3)
+    stages = {
+        "unet": lambda: DiffusionStage(build_unet(8), *parts),
+        "flow": lambda: FlowStage(transformer, *parts),
+        "fewsteps": lambda: FewStepStage(transformer, *parts, rank=2),
+    }
+    asked = samples_to_paint(2, world)
+    for name, build in stages.items():
+        stage = build()
+        fitted = Trainer(stage, config, learned, asked, tmp_path / name, progress=False).fit()
+        assert "sample_object" in fitted.history[-2] or "sample_object" in fitted.history[-1]
+        stage.eval().requires_grad_(False)
+        scores, *_ = diffusion_scores(stage.pipeline(), clip, 2, steps=2)
+        assert 0 <= scores["object"] <= 1
+    save_few_steps(transformer.to("cpu"), tmp_path / "lora")
+    save_diffusion(stages["unet"]().pipeline(), tmp_path / "saved")

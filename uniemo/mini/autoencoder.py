@@ -146,7 +146,8 @@ def vae_scores(
 ) -> dict[str, float]:
     "`mae` of a range of 1, and `object_ratio`: objects found after over objects found before."
     single = data["objects"].sum(1) == 1
-    truth, before = data["objects"][single], to_pixels(data["images"][single])
+    truth = data["objects"][single]
+    before = to_pixels(data["images"][single]).to(vae.device)
     after = reconstruct(vae, before)
     original, kept = (
         truth[np.arange(len(truth)), retrieve_names(clip, tokenizer, pixels)[1]].mean()

@@ -153,13 +153,15 @@ def sample(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(batch))]
-        out = sampler(
-            batch,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=generators,
-            **more,
-        )
+        # what was compiled for the training's batch would be compiled anew for this one
+        with torch.compiler.set_stance("force_eager"):
+            out = sampler(
+                batch,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                **more,
+            )
         images.append(out.images * 2 - 1)
     return torch.cat(images)
 

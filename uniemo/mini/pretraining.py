@@ -10,11 +10,13 @@ __all__ = [
     "name_rates",
     "patch_names",
     "WeakerClips",
+    "TimeLimit",
     "strongest_clip",
     "with_mirrored",
 ]
 
 # %% ../../nbs/mini/pretraining.ipynb #d387c04c
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -146,6 +148,23 @@ class WeakerClips(Callback):
 
     def load_state_dict(self, state):
         self.kept = {name: tuple(pair) for name, pair in state["kept"].items()}
+
+
+# %% ../../nbs/mini/pretraining.ipynb #cb39d5f0
+class TimeLimit(Callback):
+    "Ends a training after so many minutes, wherever it is."
+
+    # before checkpoints are written
+    order = 5
+
+    def __init__(self, minutes: float):
+        self.seconds, self.end = 60 * minutes, None
+
+    def after_step(self, trainer):
+        "Counted from the first step's end: what is compiled in it does not count."
+        self.end = self.end or time.monotonic() + self.seconds
+        if time.monotonic() >= self.end:
+            trainer.last = trainer.step
 
 
 # %% ../../nbs/mini/pretraining.ipynb #adea9f35

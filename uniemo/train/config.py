@@ -129,7 +129,7 @@ def check_weights(
 
 # %% ../../nbs/train/config.ipynb #5b316ccd
 PRECISIONS = ("no", "fp16", "bf16", "auto")
-SCHEDULES = ("cosine", "linear")
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
 # %% ../../nbs/train/config.ipynb #c3d8818e

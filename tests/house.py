@@ -41,6 +41,7 @@ EXPERIMENTS = [
     "pretrain_clip",
     "pretrain_autoencoder",
     "pretrain_diffusion",
+    "pretrain_fewsteps",
     "pretrain_judge",
 ]  # reading order; others follow by name
 

@@ -315,7 +315,12 @@ class Backbone:
         pixel_values: Tensor,  # [B, 3, H, W], normalised
     ) -> Tensor:  # [B, T, d], T = prefix + patches
         "Tokens with positions, after the norm in front where the family has one."
-        return self.family.embed(self.model, pixel_values.to(self.dtype))
+        tokens = self.family.embed(self.model, pixel_values.to(self.dtype))
+        kind = tokens.device.type
+        if torch.is_autocast_enabled(kind):
+            # a norm in front gives float32, and all that is added to it would be float32 too
+            tokens = tokens.to(torch.get_autocast_dtype(kind))
+        return tokens
 
     def run(
         self,

@@ -155,12 +155,17 @@ def generate(  # noqa: PLR0913
     out: Out = None,
     model: Model = "mini",
     device: Device = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="slow to start, then faster: for many on a GPU")
+    ] = False,
     quiet: Quiet = False,
 ) -> int:
     "Make images of EMOTION, of a mixture of emotions, or of what a text or a sound carries."
     wish = read_wish(emotion, mix, text, audio, classifier)
     folder = new_folder(out, emotion or mix or text or audio.stem)
     pipe = load_pipeline(model, device, quiet)
+    if compiled:
+        pipe.compile()
     steps = _steps(steps, model)
     wanted = asked_for(intensity=intensity, best_of=best_of, refine_steps=refine)
     made = pipe.generate(wish, count, prompt, seed, num_inference_steps=steps, **wanted)

@@ -86,8 +86,10 @@ if TYPE_CHECKING:
         Painter,
         RegionEditor,
         check_unet,
+        compile_painter,
         image_noise,
         refuse,
+        regions,
         step_callback,
     )
     from .refinement import (
@@ -206,8 +208,10 @@ _rooms = {
         "Painter",
         "RegionEditor",
         "check_unet",
+        "compile_painter",
         "image_noise",
         "refuse",
+        "regions",
         "step_callback",
     ],
     "refinement": [

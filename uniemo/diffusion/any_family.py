@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from ..correlation import AttributeRetriever
 from .families import save_lora
 from .latents import check_diffusion, is_other_family, open_diffusion
+from .painting import compile_painter
 from ..files.pipelines import LORA_FOLDER, base_place, find_pipeline, load_lora
 from ..fusion import PseudoWordMapper
 from ..measure.novelty import NOVELTY, Novelty
@@ -127,6 +128,11 @@ class FamilyPipeline(Reader):
         "Of the diffusers pipeline, which paints."
         super().set_progress_bar_config(**kwargs)
         self.diffusion.set_progress_bar_config(**kwargs)
+
+    def compile(self, **settings) -> "FamilyPipeline":
+        "Compile what paints, see `uniemo.diffusion.painting.compile_painter`."
+        compile_painter(self.diffusion, **settings)
+        return self
 
     def check_call(self, settings: dict):
         "A `ValueError` for a setting that the diffusers pipeline does not have."

@@ -12,6 +12,8 @@ __all__ = [
     "step_callback",
     "check_unet",
     "refuse",
+    "regions",
+    "compile_painter",
     "Painter",
 ]
 
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch._dynamo
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -31,6 +34,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from PIL import Image
+from torch import nn
 
 from .editing import Edits
 from ..sampling import CALLBACK_TENSORS, Sampling, guide
@@ -197,6 +201,35 @@ def refuse(what: str):
     )
 
 
+# %% ../../nbs/diffusion/painting.ipynb #06f5ca79
+def regions(
+    # a denoiser of diffusers
+    model: nn.Module,
+) -> list[nn.Module]:
+    "Its repeated parts, each of which may be compiled."
+    kinds = set(getattr(model, "_repeated_blocks", None) or ())
+    if isinstance(model, UNet2DConditionModel):
+        kinds = {"ResnetBlock2D", "Transformer2DModel"}
+    return [part for part in model.modules() if type(part).__name__ in kinds]
+
+
+# %% ../../nbs/diffusion/painting.ipynb #4a5ee3a4
+def compile_painter(
+    # of diffusers, with `unet` or `transformer`, and `vae`
+    pipe: DiffusionPipeline,
+    # to `torch.compile`, such as `mode` or `backend`
+    **settings,
+):
+    "Compile denoiser and decoder in their places; the first images take a minute or more."
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    for network in (model, pipe.vae):
+        network.to(memory_format=torch.channels_last)
+    # every shape of a region is one piece, and so is every batch size
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for part in [*regions(model), pipe.vae.decoder]:
+        part.compile(**{"dynamic": False, **settings})
+
+
 # %% ../../nbs/diffusion/painting.ipynb #e067ed98
 DIFFUSION_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
@@ -216,6 +249,11 @@ class Painter(
     def diffusion(self) -> StableDiffusionPipeline:
         "diffusers' pipeline over the same parts."
         return self.over_parts(StableDiffusionPipeline)
+
+    def compile(self, **settings) -> "Painter":
+        "Compile what paints, see `compile_painter`; worth it for many images of one size."
+        compile_painter(self, **settings)
+        return self
 
     @property
     def editor(self) -> LatentEditor:

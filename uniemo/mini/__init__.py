@@ -115,8 +115,8 @@ if TYPE_CHECKING:
         TokenReadout,
         build_transformer,
         flow_condition,
-        flow_folder_of,
         flow_pipeline,
+        load_flow,
         projected_tower,
     )
     from .interaction import (
@@ -367,8 +367,8 @@ _rooms = {
         "TokenReadout",
         "build_transformer",
         "flow_condition",
-        "flow_folder_of",
         "flow_pipeline",
+        "load_flow",
         "projected_tower",
     ],
     "interaction": [

@@ -65,7 +65,7 @@ class FewStepStage(FlowStage):
         self,
         transformer: SD3Transformer2DModel,
         *parts,  # autoencoder, CLIP, tokenizer, learning rate, guidance of the teacher
-        rank: int = 32,
+        rank: int = 16,
     ):
         from peft import LoraConfig
 

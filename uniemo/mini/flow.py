@@ -9,7 +9,7 @@ __all__ = [
     "build_transformer",
     "projected_tower",
     "flow_pipeline",
-    "flow_folder_of",
+    "load_flow",
     "flow_condition",
     "TokenReadout",
     "FlowStage",
@@ -30,8 +30,12 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..diffusion.latents import open_diffusion
 from ..files.shipped import shipped_folder
+from ..files.weights import load_pretrained
 from .diffusion import DiffusionStage
+from .pretraining import strongest_clip
+from .worlds import world_of
 
 # %% ../../nbs/mini/flow.ipynb #8d336bb6
 TEXT_TOWERS = 2
@@ -92,12 +96,19 @@ def flow_pipeline(
     )
 
 
-# %% ../../nbs/mini/flow.ipynb #57192dcd
-def flow_folder_of(
-    folder: str | Path | None = None,  # None: the shipped one
-) -> Path:
-    "Where the flow model is read from."
-    return Path(folder or shipped_folder("flow"))
+# %% ../../nbs/mini/flow.ipynb #48efc5c6
+def load_flow(
+    folder: str | Path | None = None,  # where pretrain_diffusion saved it; None: the shipped one
+) -> StableDiffusion3Pipeline:
+    "The mini flow model of the second world, float32."
+    if folder:
+        return open_diffusion(folder)
+    folder = shipped_folder("flow")
+    clip, tokenizer = strongest_clip(world_of("2.0"))
+    transformer = load_pretrained(SD3Transformer2DModel.from_pretrained, folder / "transformer")
+    vae = load_pretrained(AutoencoderKL.from_pretrained, folder / "vae")
+    parts = [part.float().eval() for part in (transformer, vae)]
+    return flow_pipeline(*parts, projected_tower(clip), tokenizer)
 
 
 # %% ../../nbs/mini/flow.ipynb #e472d6a7

@@ -4,18 +4,23 @@ Runs quickstart from the command line, one step of every stage at full size with
 compares two runs of one seed and a run that was stopped, runs the tests of devices, and times each
 stage beside a bare loop. Prints a line of JSON for each result, then a table; the exit code is 1
 where something failed. Without an accelerator the same is tried on the CPU with the mini models.
+
+Most of the time goes into compiling. `--warm PART` compiles what a part needs and times nothing;
+with one TORCHINDUCTOR_CACHE_DIR, several such processes side by side make the second run short.
 """
 
 import argparse
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
@@ -26,7 +31,7 @@ from uniemo.joint import JointConfig, JointStage
 from uniemo.mini import paint_splits
 from uniemo.pipeline import UniEmoPipeline
 from uniemo.runs.estimate import estimate
-from uniemo.runs.parts import build_parts, read_config
+from uniemo.runs.parts import CLIP_VISION, build_parts, read_config
 from uniemo.space import EmotionSpace
 from uniemo.train import MemoryData, Trainer
 from uniemo.understanding import UnderstandingConfig, UnderstandingStage, build_encoder
@@ -41,6 +46,8 @@ DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5" if HAS_GPU else "mini"
 BATCHES = dict(understanding=64, large=256, joint=32, images=8) if HAS_GPU else {}
 NAMES = (254, 409)
 ROWS = []
+# `warm`: parts to compile for, no time is taken; `out`: a file for the lines of JSON
+ASKED = argparse.Namespace(warm="", out=None)
 
 
 def report(what, **values):
@@ -50,6 +57,9 @@ def report(what, **values):
     )
     ROWS.append(row)
     print(json.dumps(row), flush=True)
+    if ASKED.out:
+        with ASKED.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 @contextmanager
@@ -73,7 +83,7 @@ def wait():
 
 def seconds_of(step, repeats=8, warm=3):
     "Mean seconds of `step()` after some steps that do not count."
-    if not HAS_GPU:
+    if not HAS_GPU or ASKED.warm:
         repeats, warm = 1, 1
     for _ in range(warm):
         step()
@@ -227,8 +237,30 @@ def settings(preset, size, **changes):
     )
 
 
-def compiling(compiled):
-    return dict(compile=True) if compiled else {}
+@contextmanager
+def quick_weights():
+    "New weights from one small pool: a billion random numbers take longer than all the steps."
+    pool = 0.02 * torch.randn(1 << 22)
+
+    def fill(tensor, *args, **kwargs):
+        flat = tensor.detach().view(-1)
+        for first in range(0, len(flat), len(pool)):
+            part = flat[first : first + len(pool)]
+            part.copy_(pool[: len(part)])
+        return tensor
+
+    names = ("kaiming_uniform_", "_no_grad_normal_", "_no_grad_uniform_", "_no_grad_trunc_normal_")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(torch.nn.init, name, fill))
+        yield
+
+
+def full_parts(config, diffusion=None):
+    "The networks, with random weights; to compile, three layers of the encoder do."
+    layers = dict(num_hidden_layers=3) if ASKED.warm and HAS_GPU else {}
+    with quick_weights(), mock.patch.dict(CLIP_VISION, layers):
+        return build_parts(config, diffusion, NAMES)
 
 
 def bare_understanding(config, size):
@@ -263,31 +295,43 @@ def understanding_operations(config):
     return operations(build)
 
 
+def time_bare(config, work):
+    "Seconds an image of the bare loop, at a small batch and, where it fits, at a large one."
+    found = []
+    for size in sorted({config.batch_size, BATCHES.get("large", config.batch_size)}):
+        try:
+            with quick_weights():
+                step = bare_understanding(config, size)
+            spent = seconds_of(step, repeats=5, warm=2)
+        except torch.OutOfMemoryError:
+            report(f"stage 1, bare loop, batch {size}", fits=False)
+        else:
+            used = utilisation(work * size, spent)
+            report(f"stage 1, bare loop, batch {size}", images=size / spent, utilisation=used)
+            found.append(spent / size)
+        step = None
+        free()
+    return min(found)
+
+
 def time_understanding():
     config = settings(UnderstandingConfig, BATCHES.get("understanding", 4))
     work = understanding_operations(config)
-    size = config.batch_size
-    bare = seconds_of(bare_understanding(config, size))
-    report("stage 1, bare loop", images=size / bare, utilisation=utilisation(work * size, bare))
-    free()
+    bare = None if ASKED.warm else time_bare(config, work)
     # compiling takes minutes on a CPU
-    tries = [(False, size)]
-    if HAS_GPU:
-        tries += [(True, size), (True, BATCHES["large"])]
-    first = size
-    for compiled, size in tries:
-        config = settings(UnderstandingConfig, size, **compiling(compiled))
-        parts = build_parts(config, None, NAMES)
-        stage = UnderstandingStage(parts.encoder, config, *parts.text.values())
-        spent = seconds_of(step_of(stage, config, random_tensors(config, size)))
+    size = BATCHES.get("large", config.batch_size)
+    config = settings(UnderstandingConfig, size, compile=HAS_GPU)
+    parts = full_parts(config)
+    stage = UnderstandingStage(parts.encoder, config, *parts.text.values())
+    spent = seconds_of(step_of(stage, config, random_tensors(config, size)))
+    if not ASKED.warm:
         report(
-            f"stage 1, batch {size}{', compiled' if compiled else ''}",
+            f"stage 1, batch {size}{', compiled' if HAS_GPU else ''}",
             images=size / spent,
             utilisation=utilisation(work * size, spent),
-            to_bare=bare * size / first / spent,
+            to_bare=bare * size / spent,
             gigabytes=memory(),
         )
-        free()
 
 
 def joint_operations(config, parts):
@@ -314,42 +358,51 @@ def joint_operations(config, parts):
     return operations(build)
 
 
+def joint_step(config, parts):
+    "A step with cached latents, and the shape of those."
+    side = parts.unet.config.sample_size
+    shape = (parts.unet.config.in_channels, side, side)
+    models = (parts.encoder, parts.mapper, parts.retriever, parts)
+    stage = JointStage(*models, config, parts.text, cached=True)
+    return step_of(stage, config, random_tensors(config, config.batch_size, shape))
+
+
+def compare_memory(size, parts):
+    "What a step takes that is not compiled, beside what the estimate says."
+    config = settings(JointConfig, size)
+    step = joint_step(config, parts)
+    step()
+    step()
+    wait()
+    how = dict(precisions=["bf16"], stages=["joint"], device="cuda")
+    rows = estimate(config, **how).filter(like="bf16").iloc[:, 0].droplevel(0)
+    # latents are cached, and what the program takes beside its tensors is not counted here
+    said = rows["all"] - rows["program"] - rows["vae"]
+    report("joint step, memory", gigabytes=memory(), estimated=float(said))
+
+
 def time_joint():
     size = BATCHES.get("joint", 2)
-    work = None
-    for compiled in (False, True) if HAS_GPU else (False,):
-        config = settings(JointConfig, size, **compiling(compiled))
-        parts = build_parts(config, DIFFUSION, NAMES)
-        work = work or joint_operations(config, parts)
-        side = parts.unet.config.sample_size
-        shape = (parts.unet.config.in_channels, side, side)
-        models = (parts.encoder, parts.mapper, parts.retriever, parts)
-        stage = JointStage(*models, config, parts.text, cached=True)
-        data = random_tensors(config, size, shape)
-        spent = seconds_of(step_of(stage, config, data), repeats=5)
+    config = settings(JointConfig, size, compile=HAS_GPU)
+    parts = full_parts(config, DIFFUSION)
+    work = 0 if ASKED.warm else joint_operations(config, parts)
+    if HAS_GPU and not ASKED.warm:
+        compare_memory(size, parts)
+        free()
+    spent = seconds_of(joint_step(config, parts), repeats=5)
+    if not ASKED.warm:
         report(
-            f"joint step, batch {size}{', compiled' if compiled else ''}",
+            f"joint step, batch {size}{', compiled' if HAS_GPU else ''}",
             images=size / spent,
             utilisation=utilisation(work * size, spent),
             gigabytes=memory(),
         )
-        del stage, parts
-        free()
-    if HAS_GPU:
-        table = estimate(settings(JointConfig, size), precisions=["bf16"], stages=["joint"])
-        report(
-            "joint step, estimated",
-            gigabytes=float(table.filter(like="bf16").xs("all", level="part").iloc[0, 0]),
-        )
 
 
-def time_generation():
-    "Images a second of `generate` beside the bare pipeline, the same steps and guidance."
-    count = BATCHES.get("images", 2)
-    steps = 20 if HAS_GPU else 2
+def build_pipelines(count):
+    "diffusers' pipeline and this one, over the same parts."
     dtype = torch.bfloat16 if HAS_GPU else torch.float32
-    config = settings(JointConfig, count)
-    parts = build_parts(config, DIFFUSION, NAMES)
+    parts = full_parts(settings(JointConfig, count), DIFFUSION)
     names = ("vae", "text_encoder", "tokenizer", "unet")
     components = {name: getattr(parts, name) for name in names}
     components["scheduler"] = UniPCMultistepScheduler.from_config(parts.scheduler.config)
@@ -364,6 +417,14 @@ def time_generation():
     ).to(DEVICE, dtype)
     for pipe in (bare, own):
         pipe.set_progress_bar_config(disable=True)
+    return bare, own
+
+
+def time_generation():
+    "Images a second of `generate` beside the bare pipeline, the same steps and guidance."
+    count = BATCHES.get("images", 2)
+    bare, own = build_pipelines(count)
+    steps = 20 if HAS_GPU and not ASKED.warm else 2
     sampling = dict(num_inference_steps=steps, guidance_scale=7.5)
 
     def paint_bare():
@@ -372,14 +433,23 @@ def time_generation():
     def paint():
         own.generate("awe", count, batch_size=count, judge=False, **sampling)
 
-    slow = seconds_of(paint_bare, repeats=3, warm=1)
-    ours = seconds_of(paint, repeats=3, warm=1)
+    if ASKED.warm:
+        own.compile()
+        paint()
+        return
+    # in turn, as a device's clock may rise or fall meanwhile
+    pairs = []
+    for number in range(4 if HAS_GPU else 1):
+        runs = (paint_bare, paint)
+        pairs.append([seconds_of(run, repeats=1, warm=int(number == 0)) for run in runs])
+    slow, ours = (statistics.median(column) for column in zip(*pairs))
+    ratio = statistics.median(ours / slow for slow, ours in pairs)
     report("generation, bare pipeline", images=count / slow)
-    report("generation", images=count / ours, time_to_bare=ours / slow)
+    report("generation", images=count / ours, time_to_bare=ratio)
     if HAS_GPU:
-        own.unet.compile_repeated_blocks(fullgraph=True)
+        own.compile()
         fast = seconds_of(paint, repeats=3, warm=2)
-        report("generation, blocks compiled", images=count / fast, speed_to_bare=slow / fast)
+        report("generation, compiled", images=count / fast, speed_to_bare=slow / fast)
 
 
 def random_space(parts):
@@ -425,18 +495,27 @@ PARTS = dict(
     joint=time_joint,
     generation=time_generation,
 )
+TIMED = ("understanding", "joint", "generation")
 IN_A_FOLDER = {"quickstart", "equality"}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
-    asked = parser.parse_args().only
+    parser.add_argument(
+        "--warm", default="", help="compile for these parts alone: joint,generation"
+    )
+    parser.add_argument("--out", type=Path, help="a file that the lines of JSON are added to")
+    parser.parse_args(namespace=ASKED)
+    parts = [part for part in ASKED.warm.split(",") if part] or ASKED.only
+    unknown = set(parts) - set(TIMED if ASKED.warm else PARTS)
+    if unknown:
+        parser.error(f"--warm takes {', '.join(TIMED)}, not {', '.join(sorted(unknown))}")
     name = torch.cuda.get_device_name() if HAS_GPU else "CPU"
     report("device", name=name, torch=torch.__version__)
     if not HAS_GPU:
         print("There is no accelerator here: a dry run on the CPU with the mini models.")
-    for part in asked:
+    for part in parts:
         with section(part), tempfile.TemporaryDirectory() as folder:
             PARTS[part](*[folder] * (part in IN_A_FOLDER))
     print_table()

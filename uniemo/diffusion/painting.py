@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch._dynamo
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,

@@ -137,6 +137,7 @@ def sampler_of(pipe: DiffusionPipeline) -> Callable:
     return partial(pipe, output_type="pt", **more)
 
 
+# %% ../../nbs/mini/diffusion.ipynb #d181252f
 @torch.no_grad()
 def sample(
     pipe: DiffusionPipeline,

@@ -58,6 +58,7 @@ LORA_TARGETS = (
 )
 
 
+# %% ../../nbs/mini/fewsteps.ipynb #c34d1287
 class FewStepStage(FlowStage):
     "Training of a LoRA on a mini transformer that is trained; batches as for a `FlowStage`."
 
@@ -84,24 +85,30 @@ class FewStepStage(FlowStage):
     def repeated_blocks(self):
         return [*self.denoiser.transformer_blocks, *self.teacher.transformer_blocks]
 
-    def loss(self, batch, counts=None):
-        "The error of the straight line in a window of each image."
+    def lines(self, batch: dict) -> tuple:
+        "Beginnings of windows, where they end, both times, and what the models read."
         latents, input_ids = batch["latents"].float(), batch["input_ids"]
-        size, device = len(latents), latents.device
-        window = torch.randint(len(FEW_SIGMAS), (size,), device=device)
+        device = latents.device
+        window = torch.randint(len(FEW_SIGMAS), (len(latents),), device=device)
         begin = torch.tensor(FEW_SIGMAS, device=device)[window]
         end = begin - 1 / len(FEW_SIGMAS)
-        with torch.no_grad():
-            both = torch.cat([input_ids, self.no_caption.expand_as(input_ids)])
-            condition = flow_condition(self.text_encoder, both)
+        both = torch.cat([input_ids, self.no_caption.expand_as(input_ids)])
+        condition = flow_condition(self.text_encoder, both)
         share = begin[:, None, None, None]
         started = (1 - share) * latents + share * torch.randn_like(latents)
         times = (begin, end)
         arrived = guided_walk(self.teacher, started, *times, condition, self.guidance_scale)
+        return started, arrived, times, condition
+
+    def loss(self, batch, counts=None):
+        "The error of the straight line in a window of each image."
+        with torch.no_grad():
+            started, arrived, (begin, end), condition = self.lines(batch)
+        size = len(started)
         line = (started - arrived) / (begin - end)[:, None, None, None]
         # where the student is asked: most of the time at the beginning
-        along = torch.rand(size, device=device) * (torch.rand(size, device=device) < 0.3)
-        t = begin - along * (begin - end)
+        inside = torch.rand_like(begin) < 0.3
+        t = begin - torch.rand_like(begin) * inside * (begin - end)
         place = started - (begin - t)[:, None, None, None] * line
         told = {name: value[:size] for name, value in condition.items()}
         answer = self.denoiser(place, timestep=1000 * t, **told).sample

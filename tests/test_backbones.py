@@ -149,3 +149,24 @@ def test_the_normalisation_of_a_preprocessor_file(folder):
 def test_a_model_without_text():
     with pytest.raises(ValueError, match="no text features"):
         TextTower(build("ViTForImageClassification"), None)
+
+
+def test_a_class_token_alone_through_the_last_layer():
+    torch.manual_seed(0)
+    settings = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+    config = transformers.CLIPVisionConfig(
+        **settings, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    backbone = Backbone.from_config(config)
+    assert backbone.family.can_shorten(backbone.model)
+    tokens = torch.randn(2, 21, 32)
+    found = []
+    whole = backbone.final(backbone.run(tokens, 1))[0]
+    for feature in (whole, backbone.class_feature(tokens, 1)):
+        backbone.model.zero_grad()
+        feature.square().sum().backward()
+        gradients = [p.grad.clone() for p in backbone.layers[1:].parameters()]
+        found.append([feature.detach(), *gradients])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    backbone.model.gradient_checkpointing_enable()
+    assert not backbone.family.can_shorten(backbone.model)

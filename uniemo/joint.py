@@ -157,7 +157,6 @@ class JointStage(DenoisingPart, UnderstandingStage):
         _check_parts(encoder, retriever)
         self.mapper, self.retriever = mapper, retriever
         self.take_diffusion(diffusion, cached)
-        self.channels_last = config.compile
         width = encoder.head.out.in_features
         token = self.word_width()
         # where pseudo-words and the emotion head differ in width, a linear map is trained

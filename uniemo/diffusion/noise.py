@@ -16,7 +16,6 @@ from diffusers import DDPMScheduler
 from ..conditioning import encode_prompts
 from ..data.shares import draw_rows
 from .latents import scaled_latents
-from .painting import regions
 from ..files.weights import quiet
 from ..losses import diffusion_target
 
@@ -43,9 +42,6 @@ def own_type(model: torch.nn.Module) -> AbstractContextManager:
 # %% ../../nbs/diffusion/noise.ipynb #d1a1dcd9
 class DenoisingPart:
     "What a stage has of a diffusion model: noise, prediction, loss. Mixed into a `Stage`."
-
-    # of the copy that `hold_frozen` makes; pays where the norms are compiled too
-    channels_last = False
 
     def take_diffusion(
         self,
@@ -80,16 +76,16 @@ class DenoisingPart:
         "Stable Diffusion's text encoder is small: it keeps its inner states."
 
     def diffusion_blocks(self) -> list:
-        "The repeated parts of U-Net and text encoder, each of which may be compiled."
-        return [*regions(self.unet), *self.text_encoder.encoder.layers]
+        "The transformer blocks of U-Net and text encoder, each of which may be compiled."
+        kinds = set(self.unet._repeated_blocks or ())
+        blocks = [part for part in self.unet.modules() if type(part).__name__ in kinds]
+        return [*blocks, *self.text_encoder.encoder.layers]
 
     def hold_frozen(self, dtype: torch.dtype):
         "Copies of U-Net and autoencoder in this type; the pipeline's own stay as they are."
         # the text encoder stays in float32: words differ by little, and it costs little
         with quiet():
             self.unet = half_copy(self.unet, dtype)
-            if self.channels_last:
-                self.unet.to(memory_format=torch.channels_last)
             if self.vae is not None:
                 self.vae = copy.deepcopy(self.vae).to(dtype)
 

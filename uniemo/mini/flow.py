@@ -31,11 +31,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..diffusion.latents import open_diffusion
-from ..files.shipped import shipped_folder
-from ..files.weights import load_pretrained
 from .diffusion import DiffusionStage
-from .pretraining import strongest_clip
-from .worlds import world_of
 
 # %% ../../nbs/mini/flow.ipynb #8d336bb6
 TEXT_TOWERS = 2
@@ -96,19 +92,17 @@ def flow_pipeline(
     )
 
 
-# %% ../../nbs/mini/flow.ipynb #48efc5c6
+# %% ../../nbs/mini/flow.ipynb #9db44782
 def load_flow(
-    folder: str | Path | None = None,  # where pretrain_diffusion saved it; None: the shipped one
+    folder: str | Path | None,  # where `uniemo run pretrain_diffusion` saved it
 ) -> StableDiffusion3Pipeline:
-    "The mini flow model of the second world, float32."
-    if folder:
-        return open_diffusion(folder)
-    folder = shipped_folder("flow")
-    clip, tokenizer = strongest_clip(world_of("2.0"))
-    transformer = load_pretrained(SD3Transformer2DModel.from_pretrained, folder / "transformer")
-    vae = load_pretrained(AutoencoderKL.from_pretrained, folder / "vae")
-    parts = [part.float().eval() for part in (transformer, vae)]
-    return flow_pipeline(*parts, projected_tower(clip), tokenizer)
+    "A mini flow model, float32."
+    if folder is None:
+        raise ValueError(
+            "no flow model ships: train one by `uniemo run pretrain_diffusion -p denoiser "
+            "transformer`, and give the folder `diffusion` of that run (-p flow_folder ...)"
+        )
+    return open_diffusion(folder)
 
 
 # %% ../../nbs/mini/flow.ipynb #e472d6a7

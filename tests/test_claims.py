@@ -1,11 +1,14 @@
 "Written claims and their verdicts: the reader, the statistics by other means, the rule."
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from uniemo import runs
+from uniemo.commands.claims import verdicts_of
 from uniemo.files.disk import FileError
 from uniemo.measure.cells import CellFile
 from uniemo.measure.claims import CLAIMS, EXAMPLE_CLAIMS, read_claims, read_seeds
@@ -20,6 +23,7 @@ from uniemo.measure.verdicts import (
     plot_verdicts,
 )
 from uniemo.runs.cli import main
+from uniemo.runs.tables import published
 
 
 def protocol_of(tmp_path, **changes):
@@ -284,3 +288,13 @@ def test_what_is_missing_is_made_once(warm, tmp_path):
     # a second run finds all of them there
     runs.start("claims", given, tmp_path / "runs", progress=False)
     assert (tmp_path / "cells.jsonl").read_text().splitlines() == lines
+
+
+def test_the_readme_says_what_the_published_cells_say():
+    verdicts, made = verdicts_of(published("claims") / "cells.jsonl")
+    assert made > 100
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    for name, found in verdicts.iterrows():
+        figures = f"{found.difference:+.3f} [{found.low:.3f}, {found.high:.3f}]"
+        row = f"| {name} | {found.compared} | {figures} | **{found.verdict}** |"
+        assert (row in readme) == (found.n == 20), f"{name}: execute nbs/index.ipynb, make readme"

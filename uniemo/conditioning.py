@@ -154,6 +154,7 @@ class TokenizedPrompts(NamedTuple):
     places: dict
 
 
+# %% ../nbs/08_conditioning.ipynb #9e9d5f15
 def tokenize_prompts(
     prompts: Sequence[str],
     text_encoder,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         wilson_lower,
         write_splits,
     )
-    from .claims import decide_claims
+    from .claims import decide_claims, verdicts_of
     from .convert import (
         AUTHORS_FILES,
         AUTHORS_SPACE,
@@ -129,7 +129,7 @@ _rooms = {
         "wilson_lower",
         "write_splits",
     ],
-    "claims": ["decide_claims"],
+    "claims": ["decide_claims", "verdicts_of"],
     "convert": [
         "AUTHORS_FILES",
         "AUTHORS_SPACE",

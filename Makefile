@@ -12,6 +12,8 @@ DEMO := gradio gradio_client hf-gradio brotli fastapi groovy opentelemetry-api o
 # experiments and benchmarks have their own targets: nbdev_test runs the library's notebooks
 SKIP := ^([_.]|experiments$$|benchmarks$$)
 
+NEWEST_AUTOENCODER = $$(ls -d runs/pretrain_autoencoder-*/autoencoder | tail -1)
+
 # what `make lowest` runs: it needs nothing but the package and pytest
 LIGHT := tests/test_queries.py tests/test_conditioning.py tests/test_correlation.py tests/test_filtering.py
 
@@ -89,10 +91,10 @@ pretrain: env ## train the mini world's foundation models anew (about 5 hours on
 	# the second world's begins as the first's; clip_middle is kept on the way
 	uniemo run pretrain_clip -p world 2.0 -p start mini -p steps 600 -p learning_rate 6e-4 -p eval_every 50
 	uniemo run pretrain_autoencoder
-	uniemo run pretrain_diffusion
+	uniemo run pretrain_diffusion -p vae_folder $(NEWEST_AUTOENCODER)
 	# the second world's begins as the first's
 	uniemo run pretrain_autoencoder -p world 2.0 -p start mini -p latent_channels 8 -p perceptual true
-	uniemo run pretrain_diffusion -p world 2.0 -p vae_folder $$(ls -d runs/pretrain_autoencoder-*/autoencoder | tail -1) -p mirror true -p denoiser transformer
+	uniemo run pretrain_diffusion -p world 2.0 -p vae_folder $(NEWEST_AUTOENCODER) -p mirror true -p denoiser transformer
 	uniemo run pretrain_judge
 
 dist: env ## wheel and sdist, in dist

@@ -5,18 +5,11 @@
 # %% auto #0
 __all__ = [
     "FAMILIES",
-    "WHOLE",
     "TEXT_TOWERS",
     "Family",
-    "Clip",
-    "Vit",
-    "Dinov2",
-    "Dinov2WithRegisters",
-    "Siglip",
     "vision_model",
     "vision_config",
     "NameProjection",
-    "own_projection",
     "name_projection",
     "Backbone",
     "check_normalisation",
@@ -256,6 +249,7 @@ class NameProjection(NamedTuple):
     logit_scale: Tensor  # theta, a scalar
 
 
+# %% ../nbs/02_backbones.ipynb #70fc16b6
 def own_projection(model: nn.Module) -> NameProjection | None:
     "The map of a whole CLIP or SigLIP; None for any other model."
     if isinstance(model, CLIPModel):
@@ -271,6 +265,7 @@ def own_projection(model: nn.Module) -> NameProjection | None:
 WHOLE = dict(clip=CLIPModel, siglip=SiglipModel)
 
 
+# %% ../nbs/02_backbones.ipynb #2e2a0cd1
 def name_projection(
     name: str | Path,  # a folder or a hub id of a whole CLIP or SigLIP
 ) -> NameProjection:
@@ -296,8 +291,8 @@ class Backbone:
         image_std: list[float] | None = None,
     ):
         self.text_dim = getattr(model.config, "projection_dim", None)
-        # a whole CLIP's or SigLIP's own map to its names, and where the model was read from
-        self.projection, self.source = own_projection(model), None
+        # a whole CLIP's or SigLIP's own map to its names; else it is read where the model was
+        self._projection, self._source = own_projection(model), None
         kind = getattr(model.config, "model_type", None)
         if kind not in FAMILIES or type(model) is not FAMILIES[kind].model:
             model = vision_model(model)
@@ -322,7 +317,7 @@ class Backbone:
         model = load_pretrained(load, name, foreign=family.unread, **kwargs)
         mean, std = _read_normalisation(name)
         backbone = cls(model, mean, std)
-        backbone.source = name
+        backbone._source = name
         return backbone.resized(image_size)
 
     @classmethod
@@ -430,6 +425,17 @@ class Backbone:
             return self
         return _resize(self, image_size)
 
+    def name_projection(self) -> NameProjection:
+        "The foundation model's own map to its names, read where the vision tower was read."
+        if self._projection is not None:
+            return self._projection
+        if self._source is None:
+            raise ValueError(
+                "the map to names is the foundation model's own, and this backbone has none: "
+                "give a whole CLIP or SigLIP, or set read_out='thirds'"
+            )
+        return name_projection(self._source)
+
     def __repr__(self):
         rows, columns = self.grid()
         return (
@@ -503,7 +509,7 @@ def _resize(backbone, image_size):
     new.load_state_dict(weights)
     new.to(old.device, old.dtype).train(old.training)
     resized = Backbone(new, backbone.image_mean, backbone.image_std)
-    for name in ("text_dim", "projection", "source"):
+    for name in ("text_dim", "_projection", "_source"):
         setattr(resized, name, getattr(backbone, name))
     return resized
 

@@ -4,24 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "LOOKALIKE",
     "caption",
-    "placeholder_pattern",
-    "cut_at_placeholders",
     "split_prompt",
-    "what_is_known",
     "max_tokens",
-    "prompt_ids",
-    "check_length",
     "TokenizedPrompts",
     "tokenize_prompts",
     "placed",
-    "replaced_rows",
-    "words_by_name",
-    "expand_words",
-    "word_values",
     "encode_prompts",
-    "check_used",
 ]
 
 # %% ../nbs/08_conditioning.ipynb #cell-03
@@ -100,6 +89,7 @@ def split_prompt(
     return parts
 
 
+# %% ../nbs/08_conditioning.ipynb #db04e3d6
 def what_is_known(placeholder, known):
     "The remedy for an unknown placeholder."
     if known:
@@ -116,6 +106,7 @@ def max_tokens(text_encoder, tokenizer) -> int:
     return min(limit, getattr(text_encoder.config, "max_position_embeddings", limit))
 
 
+# %% ../nbs/08_conditioning.ipynb #d0ae436c
 def prompt_ids(parts, tokenizer, length, sizes):
     "Token ids of a prompt in `parts`, and placeholder -> its positions (`sizes[name]` or 1)."
     ids, places = [tokenizer.bos_token_id], {}
@@ -198,6 +189,7 @@ def placed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.to(device, non_blocking=device.type == "cuda")
 
 
+# %% ../nbs/08_conditioning.ipynb #a744f283
 @contextmanager
 def replaced_rows(
     # the text encoder's `nn.Embedding`; its weights are not touched

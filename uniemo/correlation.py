@@ -7,7 +7,6 @@ __all__ = [
     "RETRIEVALS",
     "Retriever",
     "CorrelationTable",
-    "plot_table",
     "NamedRows",
     "Retrieved",
     "AttributeRetriever",

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "LABELS_BY_POSITION",
     "without_images",
     "generate_candidates",
     "candidate_table",
@@ -142,6 +141,7 @@ def read_candidates(
 LABELS_BY_POSITION = "both are read by position, so train stage 1 on these data"
 
 
+# %% ../nbs/13_feedback.ipynb #3647b961
 @dataclass
 class Selection:
     "What the filter chose, and why not the rest."

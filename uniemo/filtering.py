@@ -6,7 +6,6 @@
 __all__ = [
     "CRITERIA",
     "REASONS",
-    "CAPTIONS",
     "name_reader",
     "shown_names",
     "score_candidates",
@@ -357,6 +356,7 @@ CAPTIONS = {
 }
 
 
+# %% ../nbs/12_filtering.ipynb #79c12956
 def plot_filtered(
     table: pd.DataFrame,  # of `filter_candidates`
     images: list = None,  # one a row of `table`, Pillow or uint8; None: files of its `path`

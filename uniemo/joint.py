@@ -8,7 +8,6 @@ __all__ = [
     "JointStage",
     "PipelineStage",
     "stage_for",
-    "joint_data",
     "build_retriever",
     "train_joint",
 ]

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "AFFECT",
-    "MOST",
     "PARTS",
     "InteractionBlock",
     "split_layers",
@@ -39,6 +38,7 @@ from .backbones import Backbone, NameProjection, check_normalisation
 from .data.shares import drop_rows
 from .emotions import MIKELS
 from .files.weights import NO_WRAPPERS, load_pretrained
+from .measure.name_rules import cosine_shares
 from .measure.prior import NameCounts, NamePrior
 
 
@@ -445,9 +445,8 @@ class ExpertQueryModel(PreTrainedModel):
         for kind, feature in zip(("scene", "object"), (s, o)):
             weight = getattr(self, f"{kind}_projection").weight
             scale = getattr(self, f"{kind}_logit_scale").detach().float().exp().clamp(max=100)
-            projected = F.normalize(F.linear(feature.detach(), weight.detach()).float(), dim=-1)
-            text = F.normalize(getattr(self.name_prior, f"{kind}_text").float(), dim=-1)
-            shares.append((scale * projected @ text.T).softmax(-1))
+            projected = F.linear(feature.detach(), weight.detach())
+            shares.append(cosine_shares(projected, getattr(self.name_prior, f"{kind}_text"), scale))
         return tuple(shares)
 
     @torch.no_grad()

@@ -5,12 +5,9 @@
 # %% auto #0
 __all__ = [
     "CALLBACK_TENSORS",
-    "HABITS",
     "check_count",
-    "check_amount",
     "Refinement",
     "Sampling",
-    "check_text",
     "wish_of",
     "wishes_of",
     "check_places",
@@ -40,6 +37,7 @@ def check_count(name: str, value):
         raise ValueError(f"{name} is a whole number, at least 1, not {value!r}")
 
 
+# %% ../nbs/diffusion/sampling.ipynb #70bb2b8f
 def check_amount(name: str, value, most: float = math.inf):
     "A `ValueError` unless `value` is a finite number from 0 to `most`."
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
@@ -174,6 +172,7 @@ class Sampling:
 CALLBACK_TENSORS = ("latents", "prompt_embeds")
 
 
+# %% ../nbs/diffusion/sampling.ipynb #aa2f3d52
 def check_text(name, value):
     "A `TypeError` unless `value` is one text."
     if not isinstance(value, str):

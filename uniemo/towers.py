@@ -8,14 +8,11 @@ __all__ = [
     "family_of",
     "family_named",
     "TextTower",
-    "is_embedding",
     "text_towers",
     "slot_name",
-    "slot_ids",
     "TowerWords",
     "PromptWords",
     "is_text",
-    "check_width",
 ]
 
 # %% ../nbs/diffusion/towers.ipynb #7e8c2234
@@ -148,6 +145,7 @@ def is_embedding(module) -> bool:
     return isinstance(module, torch.nn.Embedding)
 
 
+# %% ../nbs/diffusion/towers.ipynb #88be795a
 def text_towers(pipe: DiffusionPipeline) -> list[TextTower]:
     "The towers of a pipeline, in its order; a part that is None is left out."
     towers = []
@@ -171,6 +169,7 @@ def slot_name(number: int) -> str:
     return "uniemoslot" + "".join(chr(97 + digit) for digit in divmod(number, 26))
 
 
+# %% ../nbs/diffusion/towers.ipynb #b9927fa8
 def slot_ids(tokenizer, count: int) -> list[int]:
     "Ids of the first `count` slots; a tokenizer that lacks them learns them."
     names = [slot_name(number) for number in range(count)]
@@ -402,6 +401,7 @@ def is_text(value) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
 
 
+# %% ../nbs/diffusion/towers.ipynb #787e8966
 def check_width(placeholder, word, tower):
     "A `ValueError` where words do not fit a tower."
     if word.ndim != 3 or word.shape[-1] != tower.width:

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "ATTRIBUTE_KINDS",
     "name_features",
     "model_folder",
     "UnderstandingConfig",
     "build_encoder",
     "encoder_view",
-    "PassThrough",
     "without_interaction",
     "UnderstandingStage",
     "with_view",
@@ -18,12 +16,7 @@ __all__ = [
     "plain_batches",
     "decode_splits",
     "ExtraImages",
-    "open_extra",
     "refuse_known",
-    "training_data",
-    "ratings_of",
-    "prepare_affect",
-    "prepare_prior",
     "train_understanding",
     "save_flushed",
     "look",
@@ -40,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backbones import Backbone, TextTower, name_projection, name_text
+from .backbones import Backbone, TextTower, name_text
 from .data.attributes import read_annotations, shown_names
 from .data.batches import make_loader
 from .data.memory import in_memory, random_crops
@@ -186,21 +179,8 @@ def build_encoder(
         text_dim=text_dim,
     )
     if config.read_out == "last" and config.num_queries:
-        model.start_names(_projection_of(backbone))
+        model.start_names(backbone.name_projection())
     return model
-
-
-# %% ../nbs/05_understanding.ipynb #5c01fdf9
-def _projection_of(backbone):
-    "A backbone's own map to the names."
-    if backbone.projection is not None:
-        return backbone.projection
-    if backbone.source is not None:
-        return name_projection(backbone.source)
-    raise ValueError(
-        "read_out='last' starts from the foundation model's own map to names, and this "
-        "backbone has none: give a whole CLIP or SigLIP, or set read_out='thirds'"
-    )
 
 
 # %% ../nbs/05_understanding.ipynb #85b376b5
@@ -219,6 +199,7 @@ class PassThrough(nn.Module):
         return queries, queries.new_full(shape, 1 / tokens.shape[1])
 
 
+# %% ../nbs/05_understanding.ipynb #028d2545
 def without_interaction(model: ExpertQueryModel) -> ExpertQueryModel:
     "The same encoder, its interaction blocks replaced; returns it."
     model.scene_interaction, model.object_interaction = PassThrough(), PassThrough()
@@ -470,6 +451,7 @@ class ExtraImages:
     weight: float = 1.0
 
 
+# %% ../nbs/05_understanding.ipynb #7b992755
 def open_extra(extra: ExtraImages, splits: EmotionSplits, view: NetworkView):
     "The further images, numbered and read as the training images are: a data set or tensors."
     images = extra.images
@@ -488,6 +470,7 @@ def open_extra(extra: ExtraImages, splits: EmotionSplits, view: NetworkView):
     return {name: values for name, values in in_memory(images).items() if name in kept}
 
 
+# %% ../nbs/05_understanding.ipynb #8d6ba07d
 def refuse_known(images, splits: EmotionSplits):
     "Refuse images that validation or test asks for too."
     for name in ("val", "test"):

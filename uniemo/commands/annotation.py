@@ -6,25 +6,14 @@
 __all__ = [
     "KINDS",
     "LEAST",
-    "SPLITS",
-    "claims_of",
     "wilson_lower",
     "fit_threshold",
     "read_names",
-    "open_reader",
     "Calibration",
-    "true_names",
     "judge_claims",
     "calibrate",
-    "annotated_notes",
-    "write_splits",
-    "find_thresholds",
-    "open_all",
     "annotate",
-    "choose_names",
     "all_names",
-    "known_sets",
-    "print_calibrations",
 ]
 
 # %% ../../nbs/commands/annotation.ipynb #9541f329
@@ -53,6 +42,7 @@ KINDS = ("scene", "object")
 LEAST = 0.05
 
 
+# %% ../../nbs/commands/annotation.ipynb #18911d27
 def claims_of(
     similarities,  # cosines [N, A] of images with names
     attributes: Sequence[tuple],  # A pairs (kind, name)
@@ -172,6 +162,7 @@ class Calibration:
     images: int
 
 
+# %% ../../nbs/commands/annotation.ipynb #7a9cbf19
 def true_names(data) -> dict[str, list]:
     "Kind -> for each image the set of its known names, folded; None where nothing is known."
     from uniemo.data.names import normalize_name
@@ -184,6 +175,7 @@ def true_names(data) -> dict[str, list]:
     return found
 
 
+# %% ../../nbs/commands/annotation.ipynb #fbf6d39e
 def judge_claims(claims, truth: dict[str, list]):
     "The claims about images whose names are known, with a column `right`."
     from uniemo.data.names import normalize_name
@@ -372,6 +364,7 @@ def choose_names(source: Path | None, sets: list, model: str) -> dict[str, list[
     return read_names(source, model)
 
 
+# %% ../../nbs/commands/annotation.ipynb #4ca717bd
 def all_names(sets: list, chosen: dict[str, list[str]]) -> dict[str, list[str]]:
     "The chosen names, and those that the data have beside them."
     from uniemo.data.names import normalize_name
@@ -386,6 +379,7 @@ def all_names(sets: list, chosen: dict[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
+# %% ../../nbs/commands/annotation.ipynb #c77fc839
 def known_sets(parts: dict) -> list:
     "Data sets with annotations; an error where there are none."
     sets = [d for d in parts.values() if any(v for own in true_names(d).values() for v in own)]

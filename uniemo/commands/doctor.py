@@ -4,17 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "NOT_FOR_USERS",
-    "NAMED",
     "CHECKS",
-    "CAN_WAIT",
     "check_data",
     "installed",
     "requirements",
     "check_packages",
-    "check_versions",
-    "check_devices",
-    "check_models",
     "check_places",
     "examine",
     "is_fault",
@@ -82,6 +76,7 @@ def requirements() -> dict[str | None, list[str]]:
 NOT_FOR_USERS = ("dev",)
 
 
+# %% ../../nbs/commands/doctor.ipynb #97d37b59
 def check_packages() -> list[tuple]:
     "Rows (what, state, remedy) of needed packages and of extras; an empty remedy: all is well."
     wanted = requirements()
@@ -152,6 +147,7 @@ def check_models() -> list[tuple]:
     return rows
 
 
+# %% ../../nbs/commands/doctor.ipynb #dd6ca7e0
 def check_places() -> list[tuple]:
     "Rows of the folders that are written to."
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
@@ -171,10 +167,13 @@ def check_places() -> list[tuple]:
 
 # %% ../../nbs/commands/doctor.ipynb #435be063
 CHECKS = (check_versions, check_packages, check_devices, check_models, check_places)
+
+# %% ../../nbs/commands/doctor.ipynb #77fd696e
 # remedies that begin so can wait
 CAN_WAIT = ("optional:", "only for")
 
 
+# %% ../../nbs/commands/doctor.ipynb #43bdd305
 def examine() -> list[tuple]:
     "All rows (what, state, remedy)."
     return [row for check in CHECKS for row in check()]

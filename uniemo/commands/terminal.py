@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "WIDE",
-    "MODEL_HELP",
     "Model",
     "Device",
     "Quiet",
@@ -45,6 +43,7 @@ def _cell(value):
     return text if len(text) <= 60 else text[:59] + "…"
 
 
+# %% ../../nbs/commands/terminal.ipynb #9a873d7f
 def print_table(
     rows: list,  # lists of values, one a row
     heads: list[str],  # a name for each column
@@ -79,6 +78,8 @@ def examples(
 
 # %% ../../nbs/commands/terminal.ipynb #7a0b9b7d
 MODEL_HELP = "mini (shipped), a folder that save_pretrained wrote, a run's folder, or a hub id"
+
+# %% ../../nbs/commands/terminal.ipynb #ef0178d3
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 Device = Annotated[
     str | None,

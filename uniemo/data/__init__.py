@@ -8,7 +8,7 @@ import lazy_loader
 if TYPE_CHECKING:
     from .attributes import Annotations, KINDS, count_attributes, read_annotations, shown_names
     from .batches import check_tensors, make_loader
-    from .boxes import BOX_FORMATS, box_mask, boxes_in_cell
+    from .boxes import box_mask, boxes_in_cell
     from .cells import (
         class_names,
         column_called,
@@ -20,28 +20,22 @@ if TYPE_CHECKING:
         rename_folded,
         spread_votes,
         tidy_cells,
-        use_synonyms,
         vote_shares,
     )
     from .checking import NO_DATA, check, find_layout, find_root, load_data
     from .coefficients import AttributeRows, check_kind, emotion_order, read_rows
-    from .emoset import ATTRIBUTES, EmoSet
+    from .emoset import EmoSet
     from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
     from .hub import (
         EmotionArrow,
         EmotionStream,
-        ON_HUB,
         data_place,
-        frame_of,
-        image_column,
-        import_datasets,
         is_arrow_folder,
         on_hub,
-        open_parts,
         parquet_shards,
     )
     from .images import SUFFIXES, read_image, to_rgb
-    from .kept import SCORES, TEXT_COLUMNS, read_table, write_annotated, write_kept
+    from .kept import read_table, write_annotated, write_kept
     from .lookup import ImageFiles, columns_of, in_threads
     from .memory import in_memory, memory_size, random_crops
     from .mixing import MixedDataset, mix_tensors, mixing_weights, same_images
@@ -68,7 +62,6 @@ if TYPE_CHECKING:
     from .resampling import random_choice, redraw
     from .sets import EmotionData, examine_all, warn_of_likeness
     from .shares import (
-        BatchShare,
         draw_rows,
         drop_rows,
         is_first,
@@ -97,7 +90,7 @@ if TYPE_CHECKING:
 _rooms = {
     "attributes": ["Annotations", "KINDS", "count_attributes", "read_annotations", "shown_names"],
     "batches": ["check_tensors", "make_loader"],
-    "boxes": ["BOX_FORMATS", "box_mask", "boxes_in_cell"],
+    "boxes": ["box_mask", "boxes_in_cell"],
     "cells": [
         "class_names",
         "column_called",
@@ -109,28 +102,22 @@ _rooms = {
         "rename_folded",
         "spread_votes",
         "tidy_cells",
-        "use_synonyms",
         "vote_shares",
     ],
     "checking": ["NO_DATA", "check", "find_layout", "find_root", "load_data"],
     "coefficients": ["AttributeRows", "check_kind", "emotion_order", "read_rows"],
-    "emoset": ["ATTRIBUTES", "EmoSet"],
+    "emoset": ["EmoSet"],
     "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
     "hub": [
         "EmotionArrow",
         "EmotionStream",
-        "ON_HUB",
         "data_place",
-        "frame_of",
-        "image_column",
-        "import_datasets",
         "is_arrow_folder",
         "on_hub",
-        "open_parts",
         "parquet_shards",
     ],
     "images": ["SUFFIXES", "read_image", "to_rgb"],
-    "kept": ["SCORES", "TEXT_COLUMNS", "read_table", "write_annotated", "write_kept"],
+    "kept": ["read_table", "write_annotated", "write_kept"],
     "lookup": ["ImageFiles", "columns_of", "in_threads"],
     "memory": ["in_memory", "memory_size", "random_crops"],
     "mixing": ["MixedDataset", "mix_tensors", "mixing_weights", "same_images"],
@@ -157,7 +144,6 @@ _rooms = {
     "resampling": ["random_choice", "redraw"],
     "sets": ["EmotionData", "examine_all", "warn_of_likeness"],
     "shares": [
-        "BatchShare",
         "draw_rows",
         "drop_rows",
         "is_first",

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "class_names",
-    "use_synonyms",
     "spread_votes",
     "read_frame",
     "rename_folded",

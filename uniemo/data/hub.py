@@ -4,15 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "ON_HUB",
     "on_hub",
     "data_place",
-    "import_datasets",
     "parquet_shards",
     "is_arrow_folder",
-    "open_parts",
-    "image_column",
-    "frame_of",
     "EmotionArrow",
     "EmotionStream",
 ]
@@ -38,6 +33,7 @@ from ..emotions import MIKELS, EmotionSet
 ON_HUB = "hf:"
 
 
+# %% ../../nbs/data/hub.ipynb #429f23e6
 def on_hub(root: str | Path) -> bool:
     "Whether `root` names a data set on the hub."
     return str(root).startswith(ON_HUB)

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "BatchShare",
     "share_of_batch",
     "draw_rows",
     "drop_rows",

@@ -4,13 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "PIECE",
     "open_diffusion",
-    "folder_of",
-    "read_index",
     "is_other_family",
-    "absent_parts",
-    "read_configs",
     "image_side",
     "check_diffusion",
     "vae_pixels",
@@ -88,12 +83,14 @@ def read_index(diffusion: str | Path) -> dict:
         return {}
 
 
+# %% ../../nbs/diffusion/latents.ipynb #15e651e6
 def is_other_family(folder: str | Path) -> bool:
     "Whether a folder or hub id holds a pipeline that is not Stable Diffusion 1.x or 2.x."
     own = FAMILIES["Stable Diffusion 1.x and 2.x"]
     return read_index(folder).get("_class_name", own[0]) not in own
 
 
+# %% ../../nbs/diffusion/latents.ipynb #5de3c8ad
 def absent_parts(diffusion: str | Path) -> dict:
     "Parts that are left out, name -> None: diffusers asks for a T5 unless told that there is none."
     index = read_index(diffusion)
@@ -116,6 +113,7 @@ def read_configs(diffusion: str | Path) -> tuple[dict, dict]:
     return denoiser, vae
 
 
+# %% ../../nbs/diffusion/latents.ipynb #f6b808f2
 def image_side(
     diffusion,  # "mini", a folder, a hub id (only its configuration is read), or a pipeline
 ) -> int:
@@ -228,6 +226,7 @@ def flip_together(batch: dict) -> dict:
 PIECE = 1024
 
 
+# %% ../../nbs/diffusion/latents.ipynb #1362fa89
 def latents_key(vae: AutoencoderKL, data, size: int) -> str:
     "A name for the latents of a data set: changes with its images, the crop, the autoencoder."
     found = hashlib.sha256()

@@ -8,17 +8,10 @@ __all__ = [
     "name_embeddings",
     "fitting_caption",
     "AnnotatedFeatures",
-    "read_features",
-    "name_targets",
-    "row_name",
     "captions_of",
     "NamesStage",
     "readings",
-    "reading_distance",
     "CaptionsStage",
-    "standardise",
-    "descend",
-    "even_weights",
     "resting",
     "warm_start",
 ]
@@ -83,6 +76,7 @@ class AnnotatedFeatures:
         return len(self.scene)
 
 
+# %% ../../nbs/diffusion/warm.ipynb #fdf7f545
 @torch.no_grad()
 def read_features(stage, batches, names: dict, device) -> AnnotatedFeatures:
     "Features of all annotated images in `batches`, on `device`."
@@ -130,6 +124,7 @@ def row_name(kind: str, number: int) -> str:
     return f"{kind}_{number + 1}" if number else kind
 
 
+# %% ../../nbs/diffusion/warm.ipynb #e147a48a
 def captions_of(stage, found: AnnotatedFeatures, names: dict) -> list[str]:
     "A caption for each image, of its own names."
     # the tower that reads least
@@ -203,6 +198,7 @@ def readings(condition) -> list[torch.Tensor]:
     return found
 
 
+# %% ../../nbs/diffusion/warm.ipynb #bc6a96d2
 def reading_distance(condition, wanted) -> torch.Tensor:
     "Mean squared distance of two conditions; of several tensors, each by its own size."
     pairs = list(zip(readings(condition), readings(wanted), strict=True))

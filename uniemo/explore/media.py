@@ -12,16 +12,9 @@ __all__ = [
     "DIMENSIONS",
     "TEXT_MODEL",
     "AUDIO_MODEL",
-    "meaning_of",
-    "label_scores",
-    "table_for",
     "mixture_from_labels",
-    "shares_of",
     "mixture_from_dimensions",
-    "classifier_of",
-    "mixture_of_answer",
     "emotion_of_text",
-    "read_wav",
     "emotion_of_audio",
     "illustrate",
 ]
@@ -210,6 +203,7 @@ TEXT_MODEL = "SamLowe/roberta-base-go_emotions"
 AUDIO_MODEL = "superb/wav2vec2-base-superb-er"
 
 
+# %% ../../nbs/explore/media.ipynb #095bcf82
 def classifier_of(
     model,  # a pipeline of transformers, or a hub id or folder
     task: str = "text-classification",  # or "audio-classification"

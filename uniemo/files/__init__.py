@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         read_json,
         write_file,
     )
-    from .emogen import EmoGenFiles, load_emogen, read_classifier, read_coefficients, read_table
+    from .emogen import EmoGenFiles, load_emogen, read_table
     from .needed import (
         CLIP_FILES,
         DIFFUSION_FILES,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         refuse_missing,
     )
     from .onnx import (
-        NETWORKS,
         OnnxDecoder,
         OnnxDenoiser,
         OnnxEncoder,
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
     from .pipelines import (
         HUB,
-        HUB_NAME,
         KNOWN,
         LORA_FOLDER,
         NOTE,
@@ -64,33 +62,22 @@ if TYPE_CHECKING:
         load_parts,
         read_base,
     )
-    from .provenance import TOLD, provenance, read_provenance, write_provenance
+    from .provenance import provenance, read_provenance, write_provenance
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
-    from .spaces import (
-        PARTS,
-        read_space,
-        space_of_statistics,
-        space_shapes,
-        space_tensors,
-        write_space,
-    )
+    from .spaces import PARTS, read_space, space_of_statistics, write_space
     from .uniemo import (
         UniEmoFiles,
         load_uniemo,
         official_name,
         official_state,
-        read_mlp,
         read_state,
         read_statistics,
     )
     from .weights import (
         NO_WRAPPERS,
-        WRAPPERS,
         WeightsError,
         check_state,
         check_tensors,
-        is_finite,
-        list_names,
         load_pretrained,
         quiet,
         read_metadata,
@@ -114,7 +101,7 @@ _rooms = {
         "read_json",
         "write_file",
     ],
-    "emogen": ["EmoGenFiles", "load_emogen", "read_classifier", "read_coefficients", "read_table"],
+    "emogen": ["EmoGenFiles", "load_emogen", "read_table"],
     "needed": [
         "CLIP_FILES",
         "DIFFUSION_FILES",
@@ -129,7 +116,6 @@ _rooms = {
         "refuse_missing",
     ],
     "onnx": [
-        "NETWORKS",
         "OnnxDecoder",
         "OnnxDenoiser",
         "OnnxEncoder",
@@ -146,7 +132,6 @@ _rooms = {
     "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
     "pipelines": [
         "HUB",
-        "HUB_NAME",
         "KNOWN",
         "LORA_FOLDER",
         "NOTE",
@@ -158,33 +143,22 @@ _rooms = {
         "load_parts",
         "read_base",
     ],
-    "provenance": ["TOLD", "provenance", "read_provenance", "write_provenance"],
+    "provenance": ["provenance", "read_provenance", "write_provenance"],
     "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
-    "spaces": [
-        "PARTS",
-        "read_space",
-        "space_of_statistics",
-        "space_shapes",
-        "space_tensors",
-        "write_space",
-    ],
+    "spaces": ["PARTS", "read_space", "space_of_statistics", "write_space"],
     "uniemo": [
         "UniEmoFiles",
         "load_uniemo",
         "official_name",
         "official_state",
-        "read_mlp",
         "read_state",
         "read_statistics",
     ],
     "weights": [
         "NO_WRAPPERS",
-        "WRAPPERS",
         "WeightsError",
         "check_state",
         "check_tensors",
-        "is_finite",
-        "list_names",
         "load_pretrained",
         "quiet",
         "read_metadata",

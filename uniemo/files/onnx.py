@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "NETWORKS",
     "OnnxEncoder",
     "OnnxWords",
     "OnnxText",

@@ -7,7 +7,6 @@ __all__ = [
     "NOTE",
     "LORA_FOLDER",
     "HUB",
-    "HUB_NAME",
     "KNOWN",
     "PLACED",
     "find_pipeline",
@@ -37,8 +36,12 @@ NOTE = "uniemo.json"
 LORA_FOLDER = "lora"
 # what concerns the hub; a revision is for the UniEmo repository alone
 HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+# %% ../../nbs/files/pipelines.ipynb #78e63eff
 # "mini", "owner/name"
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+
+# %% ../../nbs/files/pipelines.ipynb #02aafecb
 # whose classes a saved pipeline may name; nothing else is imported for a file
 KNOWN = ("diffusers", "transformers", "uniemo")
 # with these, diffusers itself must load the parts

@@ -7,7 +7,6 @@ __all__ = [
     "official_name",
     "UniEmoFiles",
     "read_state",
-    "read_mlp",
     "read_statistics",
     "load_uniemo",
     "official_state",

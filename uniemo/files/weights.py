@@ -4,11 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "WRAPPERS",
     "NO_WRAPPERS",
     "WeightsError",
-    "list_names",
-    "is_finite",
     "check_tensors",
     "check_state",
     "read_tensors",
@@ -159,6 +156,8 @@ def write_tensors(
 
 # %% ../../nbs/files/weights.ipynb #7f530c46
 WRAPPERS = r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.)+"
+
+# %% ../../nbs/files/weights.ipynb #4029b80e
 NO_WRAPPERS = {WRAPPERS: ""}  # the `key_mapping` of transformers' `from_pretrained`
 
 

@@ -6,17 +6,9 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .affect import (
-        LinearHead,
-        PENALTIES,
-        affect_scores,
-        agreement,
-        colour_histogram,
-        concordance,
-        fit_head,
-        held_out_predictions,
-    )
+    from .affect import affect_scores, colour_histogram, concordance, held_out_predictions
     from .attention import class_attention, pointing, pointing_table
+    from .audit import FOUR, MEASURES, contrast, flat, movement, slope
     from .cells import CellFile, Contender, claim_rows, first_seeds, needed_cells, run_cells
     from .claims import (
         CLAIMS,
@@ -39,7 +31,6 @@ if TYPE_CHECKING:
         calibration_bins,
         calibration_error,
         check_predictions,
-        check_votes,
         confusion_matrix,
         evaluate,
         evaluate_classes,
@@ -52,8 +43,8 @@ if TYPE_CHECKING:
         wheel_distance,
         with_temperature,
     )
-    from .content import image_pairs, kept_content, psnr, ssim
-    from .curves import LESS_IS_BETTER, plot_curves, read_log
+    from .content import kept_content, psnr, ssim
+    from .curves import plot_curves
     from .evidence import Evidence, EvidenceReader, open_image
     from .facility import (
         CHOSEN,
@@ -68,16 +59,12 @@ if TYPE_CHECKING:
     from .generation import (
         HIGHER_IS_BETTER,
         MetricSettings,
-        NEEDS,
-        NEEDS_OF_JUDGE,
         Networks,
         clip_similarity,
         draw_pairs,
         evaluate_generation,
         fid,
-        fid_to,
         kid,
-        mean_over_emotions,
         perceptual_diversity,
         semantic_clarity,
         semantic_diversity,
@@ -93,16 +80,15 @@ if TYPE_CHECKING:
         shifted_bootstrap,
     )
     from .moments import add_rows, merge_moments, moments
-    from .name_rules import NamedTable, PairTable, additive_logits, true_shares, zero_shot_shares
-    from .neighbours import (
-        Balls,
-        check_features,
-        coverage_scores,
-        half_squares,
-        nearest,
-        precision_recall,
-        unit,
+    from .name_rules import (
+        NamedTable,
+        PairTable,
+        additive_logits,
+        cosine_shares,
+        true_shares,
+        zero_shot_shares,
     )
+    from .neighbours import Balls, check_features, coverage_scores, nearest, precision_recall, unit
     from .networks import (
         CLIPFeatures,
         LPIPS,
@@ -115,21 +101,25 @@ if TYPE_CHECKING:
         from_torchmetrics,
         inception,
         lpips_alex,
-        pretrained_file,
     )
-    from .novelty import (
-        NOVELTY,
-        Novelty,
-        add_novelty,
-        as_features,
-        fit_novelty,
-        novelty_features,
-        output_features,
-        whitening,
+    from .novelty import NOVELTY, Novelty, add_novelty, fit_novelty, output_features
+    from .occlusion import (
+        DRAWN,
+        FILLS,
+        Hiding,
+        filling,
+        hidden,
+        log_odds,
+        lost,
+        occlusion_maps,
+        plot_occlusion,
+        quarter_losses,
+        quarters,
+        read_parts,
+        windows,
     )
     from .pictures import fitted, grid, overlay, plot_attention
     from .plots import (
-        BINS,
         heat_map,
         plot_classes,
         plot_confusion,
@@ -137,8 +127,8 @@ if TYPE_CHECKING:
         plot_intervals,
         plot_reliability,
     )
-    from .prior import NameCounts, NamePrior, log_beyond, log_rows
-    from .published import ClassifierJudge, METRICS, PUBLISHED, beside_published, published_networks
+    from .prior import NameCounts, NamePrior
+    from .published import METRICS, PUBLISHED, beside_published, published_networks
     from .theme import (
         DASHES,
         HATCHES,
@@ -166,38 +156,21 @@ if TYPE_CHECKING:
         Finding,
         MISSING,
         NONE,
-        NOT_TESTED,
         PASSED,
-        REFUTED,
-        ROUNDING,
-        SHAPES,
-        SUPPORTED,
-        UNDECIDED,
         VERDICTS,
         beside_verdicts,
-        check_results,
-        control_states,
         decide,
         detectable,
         holm,
         judge_claims,
-        paired_differences,
         paired_p,
         plot_verdicts,
     )
 
 _rooms = {
-    "affect": [
-        "LinearHead",
-        "PENALTIES",
-        "affect_scores",
-        "agreement",
-        "colour_histogram",
-        "concordance",
-        "fit_head",
-        "held_out_predictions",
-    ],
+    "affect": ["affect_scores", "colour_histogram", "concordance", "held_out_predictions"],
     "attention": ["class_attention", "pointing", "pointing_table"],
+    "audit": ["FOUR", "MEASURES", "contrast", "flat", "movement", "slope"],
     "cells": ["CellFile", "Contender", "claim_rows", "first_seeds", "needed_cells", "run_cells"],
     "claims": [
         "CLAIMS",
@@ -220,7 +193,6 @@ _rooms = {
         "calibration_bins",
         "calibration_error",
         "check_predictions",
-        "check_votes",
         "confusion_matrix",
         "evaluate",
         "evaluate_classes",
@@ -233,8 +205,8 @@ _rooms = {
         "wheel_distance",
         "with_temperature",
     ],
-    "content": ["image_pairs", "kept_content", "psnr", "ssim"],
-    "curves": ["LESS_IS_BETTER", "plot_curves", "read_log"],
+    "content": ["kept_content", "psnr", "ssim"],
+    "curves": ["plot_curves"],
     "evidence": ["Evidence", "EvidenceReader", "open_image"],
     "facility": [
         "CHOSEN",
@@ -249,16 +221,12 @@ _rooms = {
     "generation": [
         "HIGHER_IS_BETTER",
         "MetricSettings",
-        "NEEDS",
-        "NEEDS_OF_JUDGE",
         "Networks",
         "clip_similarity",
         "draw_pairs",
         "evaluate_generation",
         "fid",
-        "fid_to",
         "kid",
-        "mean_over_emotions",
         "perceptual_diversity",
         "semantic_clarity",
         "semantic_diversity",
@@ -274,12 +242,18 @@ _rooms = {
         "shifted_bootstrap",
     ],
     "moments": ["add_rows", "merge_moments", "moments"],
-    "name_rules": ["NamedTable", "PairTable", "additive_logits", "true_shares", "zero_shot_shares"],
+    "name_rules": [
+        "NamedTable",
+        "PairTable",
+        "additive_logits",
+        "cosine_shares",
+        "true_shares",
+        "zero_shot_shares",
+    ],
     "neighbours": [
         "Balls",
         "check_features",
         "coverage_scores",
-        "half_squares",
         "nearest",
         "precision_recall",
         "unit",
@@ -296,21 +270,25 @@ _rooms = {
         "from_torchmetrics",
         "inception",
         "lpips_alex",
-        "pretrained_file",
     ],
-    "novelty": [
-        "NOVELTY",
-        "Novelty",
-        "add_novelty",
-        "as_features",
-        "fit_novelty",
-        "novelty_features",
-        "output_features",
-        "whitening",
+    "novelty": ["NOVELTY", "Novelty", "add_novelty", "fit_novelty", "output_features"],
+    "occlusion": [
+        "DRAWN",
+        "FILLS",
+        "Hiding",
+        "filling",
+        "hidden",
+        "log_odds",
+        "lost",
+        "occlusion_maps",
+        "plot_occlusion",
+        "quarter_losses",
+        "quarters",
+        "read_parts",
+        "windows",
     ],
     "pictures": ["fitted", "grid", "overlay", "plot_attention"],
     "plots": [
-        "BINS",
         "heat_map",
         "plot_classes",
         "plot_confusion",
@@ -318,14 +296,8 @@ _rooms = {
         "plot_intervals",
         "plot_reliability",
     ],
-    "prior": ["NameCounts", "NamePrior", "log_beyond", "log_rows"],
-    "published": [
-        "ClassifierJudge",
-        "METRICS",
-        "PUBLISHED",
-        "beside_published",
-        "published_networks",
-    ],
+    "prior": ["NameCounts", "NamePrior"],
+    "published": ["METRICS", "PUBLISHED", "beside_published", "published_networks"],
     "theme": [
         "DASHES",
         "HATCHES",
@@ -353,22 +325,13 @@ _rooms = {
         "Finding",
         "MISSING",
         "NONE",
-        "NOT_TESTED",
         "PASSED",
-        "REFUTED",
-        "ROUNDING",
-        "SHAPES",
-        "SUPPORTED",
-        "UNDECIDED",
         "VERDICTS",
         "beside_verdicts",
-        "check_results",
-        "control_states",
         "decide",
         "detectable",
         "holm",
         "judge_claims",
-        "paired_differences",
         "paired_p",
         "plot_verdicts",
     ],

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "check_predictions",
-    "check_votes",
     "confusion_matrix",
     "per_class",
     "macro_f1",

@@ -5,13 +5,9 @@
 # %% auto #0
 __all__ = [
     "HIGHER_IS_BETTER",
-    "NEEDS",
-    "NEEDS_OF_JUDGE",
-    "fid_to",
     "fid",
     "kid",
     "draw_pairs",
-    "mean_over_emotions",
     "semantic_diversity",
     "perceptual_diversity",
     "semantic_clarity",

@@ -9,7 +9,6 @@ __all__ = [
     "evaluating",
     "apply_network",
     "Method",
-    "pretrained_file",
     "from_torchmetrics",
     "inception",
     "LPIPS",
@@ -172,6 +171,7 @@ PRETRAINED = {
 }
 
 
+# %% ../../nbs/measure/networks.ipynb #c49d9cf1
 def pretrained_file(
     name: str,  # of PRETRAINED
     folder: str | Path | None = None,  # default: torch hub's `checkpoints`

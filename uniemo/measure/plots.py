@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "BINS",
     "LIMITS",
     "heat_map",
     "plot_confusion",
@@ -107,6 +106,7 @@ def _commonest_mistake(share):
 BINS = 10
 
 
+# %% ../../nbs/measure/plots.ipynb #7d834d68
 @themed
 def plot_reliability(
     predictions: tuple | dict,  # (labels [N], probabilities [N, C]), or name -> such a pair

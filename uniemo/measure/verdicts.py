@@ -4,26 +4,17 @@
 
 # %% auto #0
 __all__ = [
-    "ROUNDING",
     "COLUMNS",
     "PASSED",
     "FAILED",
     "MISSING",
     "NONE",
-    "SUPPORTED",
-    "REFUTED",
-    "UNDECIDED",
-    "NOT_TESTED",
     "VERDICTS",
     "COLOURS",
-    "SHAPES",
     "paired_p",
     "holm",
     "detectable",
     "decide",
-    "check_results",
-    "paired_differences",
-    "control_states",
     "Finding",
     "judge_claims",
     "beside_verdicts",
@@ -48,6 +39,7 @@ from .theme import MARKERS, PALETTE, new_axes, set_finding, themed
 ROUNDING = 1e-9
 
 
+# %% ../../nbs/measure/verdicts.ipynb #01727eb0
 def paired_p(
     differences: ArrayLike,  # [..., n], one a seed, n >= 2
     margin: float = 0.0,  # what the mean is tested against
@@ -113,6 +105,7 @@ def decide(
 COLUMNS = ("claim", "arm", "seed", "size", "endpoint", "value")
 
 
+# %% ../../nbs/measure/verdicts.ipynb #5715bf9c
 def check_results(
     results: pd.DataFrame,  # a row a run: claim, arm, seed, size, endpoint, value
     source: str | Path = "the table of results",  # what messages call it
@@ -176,6 +169,7 @@ def _lacking(arm, values, seeds):
 PASSED, FAILED, MISSING, NONE = "passed", "failed", "missing", "none"
 
 
+# %% ../../nbs/measure/verdicts.ipynb #c5f0909f
 def control_states(
     results: pd.DataFrame,
     claim: Claim,
@@ -209,6 +203,8 @@ def _silent(interval: Interval, part):
 
 # %% ../../nbs/measure/verdicts.ipynb #a74f33e4
 SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested"
+
+# %% ../../nbs/measure/verdicts.ipynb #bde70d33
 VERDICTS = (SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED)
 
 
@@ -321,9 +317,12 @@ def beside_verdicts(
 
 # %% ../../nbs/measure/verdicts.ipynb #cd16f511
 COLOURS = dict(zip(VERDICTS, (PALETTE[2], PALETTE[1], PALETTE[0], "0.55")))
+
+# %% ../../nbs/measure/verdicts.ipynb #c31545c5
 SHAPES = dict(zip(VERDICTS, MARKERS))
 
 
+# %% ../../nbs/measure/verdicts.ipynb #3615b65b
 @themed
 def plot_verdicts(
     verdicts: pd.DataFrame,  # of `judge_claims`

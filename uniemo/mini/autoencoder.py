@@ -4,12 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    "LATENT_STD",
     "build_vae",
     "grow_vae",
     "edges",
-    "patch_features",
-    "vae_loss",
     "reconstruct",
     "vae_scores",
     "AutoencoderStage",
@@ -40,6 +37,7 @@ def _without_variance(grad):
     return grad
 
 
+# %% ../../nbs/mini/autoencoder.ipynb #fb1b6887
 def build_vae(latent_channels: int = 4) -> AutoencoderKL:
     "An untrained mini autoencoder: [B, 3, 64, 64] in [-1, 1] to latents [B, channels, 16, 16]."
     vae = AutoencoderKL(
@@ -97,6 +95,7 @@ def edges(images: torch.Tensor) -> tuple:
     return images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
 
 
+# %% ../../nbs/mini/autoencoder.ipynb #0ca682b1
 def patch_features(clip: CLIPModel, pixel_values: torch.Tensor) -> list[torch.Tensor]:
     "Hidden states after half and after all layers, normalised, each [B, T, D]."
     states = clip.vision_model(pixel_values, output_hidden_states=True).hidden_states

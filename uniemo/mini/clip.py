@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "SPARE_ROWS",
-    "CAPTION_WORDS",
     "build_clip",
     "world_read_by",
     "to_pixels",
@@ -18,8 +16,6 @@ __all__ = [
     "load_clip",
     "captions_of",
     "shift_patches",
-    "caption_contrast",
-    "clip_loss",
     "step_rng",
     "ClipStage",
     "clip_config",
@@ -51,6 +47,7 @@ from ..train.trainer import Stage
 SPARE_ROWS = 16  # of the token embedding, kept free for placeholders
 
 
+# %% ../../nbs/mini/clip.ipynb #99f3bef2
 def build_clip(
     tokenizer: CLIPTokenizer,
     world: World = FIRST_WORLD,  # whose names it will know; its version stands in the configuration
@@ -163,6 +160,7 @@ def load_clip(
 CAPTION_WORDS = max((world.words for world in WORLDS.values()), key=lambda w: len(w["object"]))
 
 
+# %% ../../nbs/mini/clip.ipynb #82a9a7c6
 def captions_of(
     scene: Sequence,  # indices [B]
     objects: Sequence,  # multi-hot [B, O], of whichever world

@@ -290,6 +290,10 @@ class DiffusionStage(Stage):
         "What reads captions."
         return text_encoder_of(clip)
 
+    def repeated_blocks(self):
+        "The denoiser as one piece: it is small, and a GPU waits for each of its kernels."
+        return [self.denoiser]
+
     def parameter_groups(self):
         "The denoiser and its read-out."
         modules = dict(denoiser=self.denoiser, readout=self.readout)

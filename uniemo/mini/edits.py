@@ -7,10 +7,7 @@ __all__ = [
     "ARMS",
     "EditTask",
     "edit_tasks",
-    "prompt_of",
-    "written_edits",
     "edited",
-    "objects_kept",
     "measure_edits",
     "edit_curve",
     "positivity",
@@ -83,6 +80,7 @@ def edit_tasks(
 ARMS = ("word", "word, objects kept", "reference's word", "emotion's name", "scene's name")
 
 
+# %% ../../nbs/mini/edits.ipynb #8b379fa3
 def prompt_of(arm: str, task: EditTask, rng: np.random.Generator) -> str:
     "What is written for a task."
     if arm == "emotion's name":

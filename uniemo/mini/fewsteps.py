@@ -83,7 +83,7 @@ class FewStepStage(FlowStage):
         return dict(lora=(named, self.learning_rate, 0.0))
 
     def repeated_blocks(self):
-        return [*self.denoiser.transformer_blocks, *self.teacher.transformer_blocks]
+        return [self.denoiser, self.teacher]
 
     def lines(self, batch: dict) -> tuple:
         "Beginnings of windows, where they end, both times, and what the models read."

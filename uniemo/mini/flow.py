@@ -158,9 +158,6 @@ class FlowStage(DiffusionStage):
     def pipeline(self) -> StableDiffusion3Pipeline:
         return flow_pipeline(self.denoiser, self.vae, self.text_encoder, self.tokenizer)
 
-    def repeated_blocks(self) -> list[nn.Module]:
-        return list(self.denoiser.transformer_blocks)
-
     def denoising_loss(self, latents, input_ids):
         # one step in four with what diffusers gives unless told
         zeros = T5_LENGTH if torch.rand(()) < 0.25 else 0

@@ -9,18 +9,10 @@ __all__ = [
     "DISTRACTORS",
     "ALL_OBJECTS",
     "DISTRACTOR_WEIGHT",
-    "PAIR_MASS",
-    "OBJECT_COUNTS",
     "graded_table",
-    "deciding_pairs",
-    "pair_row",
-    "set_probability",
     "additive_posterior",
     "pair_posterior",
-    "all_images",
     "all_posteriors",
-    "counted_shares",
-    "additive_guess",
     "is_override",
     "interaction_accuracies",
     "draw_pair_spec",
@@ -112,6 +104,7 @@ def set_probability(
     return total
 
 
+# %% ../../nbs/mini/interaction.ipynb #3c00801f
 def additive_posterior(
     scene: str | None = None,  # None: it is hidden
     objects: Sequence[str] = (),
@@ -152,6 +145,7 @@ def all_images() -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+# %% ../../nbs/mini/interaction.ipynb #1ee011ff
 @lru_cache
 def all_posteriors() -> np.ndarray:
     "`P(e | scene, objects)` [images, 8] of each row of `all_images`."

@@ -9,8 +9,6 @@ __all__ = [
     "SEPARATE",
     "ARMS",
     "COLUMNS",
-    "judge_set",
-    "chance_drift",
     "FeedbackSettings",
     "check_sizes",
     "Regime",

@@ -10,7 +10,6 @@ __all__ = [
     "metrics_of",
     "code_of",
     "load_world",
-    "kept_folder",
     "read_kept",
     "understanding",
     "mapper_settings",
@@ -143,6 +142,7 @@ def kept_folder(
     return inner if inner.exists() else Path(folder)
 
 
+# %% ../../nbs/mini/stages.ipynb #91fd0a3f
 def read_kept(
     folder: str | Path,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ __all__ = [
     "SCENE_NAMES",
     "OBJECT_NAMES",
     "TEMPLATES",
-    "OWN_MASS",
     "TWO_OBJECTS",
     "true_table",
     "true_posterior",
@@ -88,6 +87,8 @@ TEMPLATES = ("a photo of a {}", "a picture of a {}", "an image with a {}", "a {}
 
 # %% ../../nbs/mini/truth.ipynb #6be26768
 OWN_MASS = 0.9  # of an emotion's probability, on its own names
+
+# %% ../../nbs/mini/truth.ipynb #357fb08a
 TWO_OBJECTS = 0.4  # share of images with a second object
 
 

@@ -4,10 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "RELEASED",
     "METHOD",
     "BASELINES",
-    "IMPLICIT",
     "Budget",
     "feedback_variants",
     "choose_variants",
@@ -103,6 +101,8 @@ class Budget:
 RELEASED = dict(
     retrieval="mapped", targets="identity", condition_weights=[1e-3, 1e-6], warm_start=0
 )
+
+# %% ../../nbs/mini/variants.ipynb #fac02fcb
 METHOD = {
     "UniEmo": {},
     "released recipe": dict(settings=RELEASED, space="diagonal"),
@@ -183,6 +183,7 @@ IMPLICIT = {
 }
 
 
+# %% ../../nbs/mini/variants.ipynb #8681befe
 def implicit_feedback(store, seed: int, budget: Budget) -> list[dict]:
     "Rows (arm, seed, accuracies); both trained arms are read at their last step."
     data, rows = budget.data(seed), []

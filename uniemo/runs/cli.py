@@ -4,18 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "PARAMETER",
-    "ONE_PAIR",
     "application",
     "EVERYDAY",
-    "EXAMPLES",
-    "RunsDir",
     "Pairs",
-    "runs_commands",
-    "OF_EXPERIMENT",
     "join_pairs",
-    "pairs_of",
-    "read_settings",
     "about",
     "run_notebook",
     "resume_run",
@@ -64,6 +56,7 @@ from uniemo.commands.terminal import (
 PARAMETER = ("-p", "--parameter")
 
 
+# %% ../../nbs/runs/cli.ipynb #aca287a3
 def join_pairs(
     argv: list[str],  # as typed
 ) -> list[str]:
@@ -77,6 +70,7 @@ def join_pairs(
     return joined
 
 
+# %% ../../nbs/runs/cli.ipynb #1f3d1831
 def pairs_of(
     given: list[str] | None,  # KEY=VALUE
 ) -> dict[str, str]:
@@ -204,6 +198,8 @@ RunsDir = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="where runs are kept (default: $UNIEMO_RUNS_DIR or runs)"),
 ]
+
+# %% ../../nbs/runs/cli.ipynb #cac2fb32
 Pairs = Annotated[
     list[str] | None,
     typer.Option(
@@ -291,6 +287,7 @@ runs_commands = typer.Typer()
 application.add_typer(runs_commands, name="runs")
 
 
+# %% ../../nbs/runs/cli.ipynb #8dc770fb
 @runs_commands.callback(
     invoke_without_command=True,
     epilog=examples("uniemo runs", "uniemo runs compare first second"),

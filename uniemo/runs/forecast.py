@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "DEVICES",
-    "BANDWIDTH",
     "Work",
     "forecast",
     "resident_memory",
@@ -32,6 +30,7 @@ DEVICES = (1, 4, 8, 64)
 BANDWIDTH = 25e9  # bytes a second between devices; assumed
 
 
+# %% ../../nbs/runs/forecast.ipynb #a28cb546
 @dataclass(frozen=True)
 class Work:
     "One kind of work: how much of it was tried, in which time, and how much the whole run has."

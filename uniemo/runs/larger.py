@@ -4,21 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "SDXL_UNET",
-    "SD3_TRANSFORMER",
-    "FLUX_TRANSFORMER",
-    "CLIP_L",
-    "CLIP_G",
-    "T5_XXL",
-    "WIDE_VAE",
     "LARGER",
     "is_larger",
     "is_estimable",
-    "read_parts",
-    "tokenizers_of",
     "build_pipeline",
-    "build_part",
-    "put_first",
     "WeightlessStage",
     "larger_mapper",
     "paint_weightless",
@@ -155,6 +144,7 @@ def is_estimable(name) -> bool:
     return not is_larger(name) or not read_parts(name)["pipeline"].startswith("ZImage")
 
 
+# %% ../../nbs/runs/larger.ipynb #b8265650
 def read_parts(
     # of `LARGER`, or a folder
     name: str | Path,
@@ -188,6 +178,7 @@ def tokenizers_of(name: str | Path, parts: dict) -> dict:
     return made
 
 
+# %% ../../nbs/runs/larger.ipynb #0e1d1c0d
 def build_pipeline(
     # of `LARGER`, or a folder
     name: str | Path,
@@ -238,6 +229,7 @@ def put_first(word: torch.Tensor, module, args, output):
     return torch.cat([word.to(output), output[:, word.shape[1] :]], 1)
 
 
+# %% ../../nbs/runs/larger.ipynb #3b405e45
 class WeightlessStage(PipelineStage):
     "Stage 2 of a pipeline whose tensors hold no numbers."
 

@@ -6,9 +6,6 @@
 __all__ = [
     "PACKAGE",
     "KINDS",
-    "COMPUTED",
-    "HOW_TO_WRITE",
-    "HOLDS",
     "experiments",
     "suggest",
     "find_notebook",
@@ -18,7 +15,6 @@ __all__ = [
     "read_parameters",
     "coerce",
     "check_parameters",
-    "check_limits",
     "at_least",
 ]
 
@@ -101,9 +97,12 @@ def describe(path: str | os.PathLike) -> str:
 
 # %% ../../nbs/runs/parameters.ipynb #b929e403
 KINDS = ("bool", "int", "float", "str", "list", "dict")
+
+# %% ../../nbs/runs/parameters.ipynb #e6805f72
 COMPUTED = object()
 
 
+# %% ../../nbs/runs/parameters.ipynb #333b343b
 @dataclass(frozen=True)
 class Parameter:
     "A parameter of a notebook, as its cell tells it."
@@ -266,6 +265,7 @@ def _refusal(p, value, problem):
     return ValueError(f"parameter {p.name}: {value!r} is no {wanted}{how} ({p.default_text()})")
 
 
+# %% ../../nbs/runs/parameters.ipynb #df952c21
 def coerce(
     p: Parameter,
     value: object,  # text, as from a command line, or plain data

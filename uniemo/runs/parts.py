@@ -7,12 +7,8 @@ __all__ = [
     "CLIP",
     "SD",
     "CLIP_VISION",
-    "SD_UNET",
     "SD_VAE",
     "SD_TEXT",
-    "SD_SCHEDULER",
-    "WRITTEN_OUT",
-    "CLASSES",
     "START",
     "END",
     "NAMES",
@@ -20,7 +16,6 @@ __all__ = [
     "stand_in_tokenizer",
     "Parts",
     "default_type",
-    "random_encoder",
     "build_retriever",
     "build_parts",
 ]
@@ -61,6 +56,8 @@ CLIP_VISION = dict(
     projection_dim=768,
     hidden_act="quick_gelu",
 )
+
+# %% ../../nbs/runs/parts.ipynb #f070d3b6
 SD_UNET = dict(
     sample_size=64,
     in_channels=4,
@@ -75,6 +72,8 @@ SD_UNET = dict(
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     act_fn="silu",
 )
+
+# %% ../../nbs/runs/parts.ipynb #a02b9d99
 SD_VAE = dict(
     sample_size=512,
     latent_channels=4,
@@ -101,6 +100,8 @@ SD_TEXT = dict(
     eos_token_id=2,
     pad_token_id=1,
 )
+
+# %% ../../nbs/runs/parts.ipynb #59d2f655
 SD_SCHEDULER = dict(
     beta_start=0.00085,
     beta_end=0.012,

@@ -4,15 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "RECORD",
-    "ORPHAN",
     "CELL",
-    "RETRIES",
     "SEED",
-    "run_cell",
     "Engine",
     "read_engine",
-    "run_locally",
     "run_on_ray",
     "Sweep",
     "over_seeds",

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
         Validate,
         digest,
         find_checkpoints,
-        is_whole,
         newest_checkpoint,
         read_best,
     )
     from .config import (
+        COMPILE_MODES,
         PRECISIONS,
         SCHEDULES,
         Settings,
@@ -74,11 +74,11 @@ _rooms = {
         "Validate",
         "digest",
         "find_checkpoints",
-        "is_whole",
         "newest_checkpoint",
         "read_best",
     ],
     "config": [
+        "COMPILE_MODES",
         "PRECISIONS",
         "SCHEDULES",
         "Settings",

@@ -13,7 +13,6 @@ __all__ = [
     "Validate",
     "Log",
     "find_checkpoints",
-    "is_whole",
     "newest_checkpoint",
     "Checkpoint",
 ]
@@ -251,6 +250,7 @@ def find_checkpoints(
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
+# %% ../../nbs/train/callbacks.ipynb #21f8f6a5
 def is_whole(
     path: str | Path,  # of a checkpoint
 ) -> bool:
@@ -264,6 +264,7 @@ def is_whole(
         return False
 
 
+# %% ../../nbs/train/callbacks.ipynb #a0c07d63
 def newest_checkpoint(
     folder: str | Path,  # of a trainer
 ) -> Path | None:

@@ -6,6 +6,7 @@
 __all__ = [
     "PRECISIONS",
     "SCHEDULES",
+    "COMPILE_MODES",
     "settings",
     "Settings",
     "check_positive",
@@ -130,6 +131,7 @@ def check_weights(
 # %% ../../nbs/train/config.ipynb #5b316ccd
 PRECISIONS = ("no", "fp16", "bf16", "auto")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 # %% ../../nbs/train/config.ipynb #c3d8818e
@@ -171,6 +173,8 @@ class TrainConfig(Settings):
     cpu: bool = False
     # compile the repeated blocks: on a GPU 1.4 to 1.5 times faster, after half a minute
     compile: bool = False
+    # of torch.compile; "reduce-overhead" records CUDA graphs, for networks of small kernels
+    compile_mode: str | None = None
 
     def __post_init__(self):
         self.validate()
@@ -183,6 +187,8 @@ class TrainConfig(Settings):
         check_positive(self, "log_every", "eval_every", "save_every", "keep")
         check_choice("mixed_precision", PRECISIONS, self.mixed_precision)
         check_choice("schedule", SCHEDULES, self.schedule)
+        if self.compile_mode is not None:
+            check_choice("compile_mode", COMPILE_MODES, self.compile_mode)
         check_share(self, "warmup")
 
     def num_steps(self, num_images: int) -> int:

@@ -186,12 +186,15 @@ def _check_kind(accelerator):
 
 
 # %% ../../nbs/train/trainer.ipynb #cell-17
-def compile_blocks(blocks: list[nn.Module]):
+def compile_blocks(
+    blocks: list[nn.Module],
+    mode: str | None = None,  # of torch.compile
+):
     "Compile each block in its place."
     # a block is met with every count of tokens, in training and in evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, mode=mode)
 
 
 # %% ../../nbs/train/trainer.ipynb #502696bc
@@ -205,6 +208,7 @@ MAY_CHANGE = {
     "micro_batch",
     "cpu",
     "compile",
+    "compile_mode",
 }
 
 
@@ -278,7 +282,7 @@ class Trainer:
             stage.hold_frozen(torch.bfloat16)
         self.trained = check_trained(stage.to(self.device))
         if self.config.compile:
-            compile_blocks(stage.repeated_blocks())
+            compile_blocks(stage.repeated_blocks(), self.config.compile_mode)
         optimizer = torch.optim.AdamW(
             optimizer_groups(stage.parameter_groups()),
             betas=self.config.betas,

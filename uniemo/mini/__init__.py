@@ -234,6 +234,19 @@ if TYPE_CHECKING:
         make_variant,
         over_seeds,
     )
+    from .word_twins import (
+        PARTS,
+        TAKEN,
+        moved_images,
+        moved_table,
+        other_emotion,
+        paint_captions,
+        paint_words,
+        placed_on,
+        placed_table,
+        twin_captions,
+        twin_words,
+    )
     from .worlds import FIRST_WORLD, WORLDS, World, world_of
     from .writing import label_file, read_specs, write_emoset
 
@@ -474,6 +487,19 @@ _rooms = {
         "implicit_feedback",
         "make_variant",
         "over_seeds",
+    ],
+    "word_twins": [
+        "PARTS",
+        "TAKEN",
+        "moved_images",
+        "moved_table",
+        "other_emotion",
+        "paint_captions",
+        "paint_words",
+        "placed_on",
+        "placed_table",
+        "twin_captions",
+        "twin_words",
     ],
     "worlds": ["FIRST_WORLD", "WORLDS", "World", "world_of"],
     "writing": ["label_file", "read_specs", "write_emoset"],

@@ -23,8 +23,8 @@ LIGHT := tests/test_queries.py tests/test_conditioning.py tests/test_correlation
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-env: $(STAMP) ## make .venv and install; does nothing where settings.ini, setup.py and constraints.txt are unchanged
-$(STAMP): settings.ini setup.py constraints.txt
+env: $(STAMP) ## make .venv and install; does nothing where settings.ini, setup.py, constraints.txt and jupyter_server_config.py are unchanged
+$(STAMP): settings.ini setup.py constraints.txt jupyter_server_config.py
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else f"uniemo needs Python 3.11 to 3.14, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
@@ -35,7 +35,8 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@$(MAKE) --no-print-directory hooks
 	@touch $@
 
-hooks: ## git merges notebooks with nbdev, and trusts them after a merge
+hooks: ## git merges notebooks with nbdev and trusts them after a merge; JupyterLab opens them unchanged
+	@mkdir -p $(VENV)/etc/jupyter && cp jupyter_server_config.py $(VENV)/etc/jupyter
 	@if git rev-parse --git-dir >/dev/null 2>&1; then git config --local include.path ../.gitconfig; \
 	hook=$$(git rev-parse --git-path hooks)/post-merge; mkdir -p $$(dirname $$hook); \
 	test -e $$hook || { printf '#!/bin/sh\nPATH="$$(git rev-parse --show-toplevel)/.venv/bin:$$PATH" nbdev_trust\n' > $$hook; chmod +x $$hook; }; fi

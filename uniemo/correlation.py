@@ -15,8 +15,7 @@ __all__ = [
 
 # %% ../nbs/06_correlation.ipynb #cell-03
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,17 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
-from torch import nn
 
 from .data.attributes import KINDS, count_attributes, read_annotations
-from .data.batches import make_loader
-from .data.coefficients import AttributeRows, check_kind, emotion_order, read_rows
+from .data.coefficients import AttributeRows, emotion_order, read_rows
 from .data.names import normalize_name
 from .emotions import MIKELS
 from .files.disk import FileError, write_file
 from .files.weights import load_pretrained
 from .losses import similarity
-from .measure.networks import evaluating
+from .measure.predicted import predicted_rows
 
 
 # %% ../nbs/06_correlation.ipynb #cell-14
@@ -78,10 +75,10 @@ class CorrelationTable(AttributeRows):
         batch_size: int = 64,
     ) -> "CorrelationTable":
         "Mean predicted distributions over images that show an attribute."
-        annotated = hasattr(images, "read_annotations")
-        predict = _ask_data_set if annotated else _ask_each_name
-        emotions = list(images.emotions if annotated else MIKELS if emotions is None else emotions)
-        means = predict(classifier, images, len(emotions), smoothing, batch_size)
+        if hasattr(images, "read_annotations"):
+            emotions = images.emotions
+        emotions = list(MIKELS if emotions is None else emotions)
+        means = predicted_rows(classifier, images, len(emotions), smoothing, batch_size)
         return cls(*(means[kind] for kind in KINDS), emotions)
 
     @classmethod
@@ -105,99 +102,9 @@ class CorrelationTable(AttributeRows):
 
     def plot(self, top: int = 3, kind: str | None = None, ax=None):
         "Heat map of the `top` strongest attributes of each emotion, of one `kind` or of both."
-        return plot_table(self, top, kind, ax)
+        from uniemo.measure.plots import plot_coefficients
 
-
-# %% ../nbs/06_correlation.ipynb #cell-24
-@torch.no_grad()
-def _probabilities(classifier, x):
-    "float64 [B, E]; `x` goes to where the classifier's weights are, which is evaluated."
-    weights = classifier.parameters() if isinstance(classifier, nn.Module) else iter(())
-    with evaluating(classifier):
-        out = classifier(x.to(next(weights, x).device))
-    p = out.logits.float().softmax(1) if hasattr(out, "logits") else out
-    p = p.double().cpu().numpy()
-    if p.ndim != 2 or not ((p >= 0).all() and abs(p.sum(1) - 1).max() < 1e-3):
-        raise ValueError(
-            "the classifier gives neither an output with `logits` nor probabilities [B, E] "
-            "that sum to 1; put a soft-max behind it"
-        )
-    return p
-
-
-# %% ../nbs/06_correlation.ipynb #6b5ca70b
-def _ask_data_set(classifier, dataset, size, smoothing, batch_size):
-    "kind -> name -> row, of a data set whose batches say what an image shows."
-    names = {kind: getattr(dataset, f"{kind}_names") for kind in KINDS}
-    sums = {kind: np.zeros((len(names[kind]), size)) for kind in KINDS}
-    counts = {kind: np.zeros(len(names[kind])) for kind in KINDS}
-    for batch in make_loader(dataset, batch_size):
-        p = _probabilities(classifier, batch["pixel_values"])
-        scene = batch["scene"].numpy()[:, None] == np.arange(len(names["scene"]))
-        for kind, shown in (("scene", scene), ("object", batch["objects"].numpy())):
-            sums[kind] += shown.astype(float).T @ p
-            counts[kind] += shown.sum(0)
-    rows = {}
-    for kind in KINDS:
-        _warn_of_unseen(kind, names[kind], counts[kind])
-        images = counts[kind][:, None] + smoothing
-        means = (sums[kind] + smoothing / size) / np.maximum(images, 1e-12)
-        rows[kind] = dict(zip(names[kind], np.where(images > 0, means, 1 / size)))
-    return rows
-
-
-def _warn_of_unseen(kind, names, counts):
-    never = [name for name, images in zip(names, counts) if images == 0]
-    if never:
-        warnings.warn(
-            f"{len(never)} {kind} names are in no image and speak for all emotions alike, "
-            f"first {never[0]!r}",
-            stacklevel=4,
-        )
-
-
-# %% ../nbs/06_correlation.ipynb #4a2b0c62
-def _ask_each_name(classifier, images, size, smoothing, batch_size):
-    "kind -> name -> row, of pixels for each (kind, name)."
-    rows = {kind: {} for kind in KINDS}
-    pairs = images.items() if isinstance(images, Mapping) else images
-    for (kind, name), pixels in pairs:
-        check_kind(kind)
-        if not len(pixels):
-            raise ValueError(f"{(kind, name)}: no images")
-        p = np.concatenate([_probabilities(classifier, x) for x in pixels.split(batch_size)])
-        rows[kind][name] = (p.sum(0) + smoothing / size) / (len(p) + smoothing)
-    return rows
-
-
-# %% ../nbs/06_correlation.ipynb #a01f7da2
-def plot_table(
-    table: CorrelationTable,
-    top: int = 3,  # attributes of each emotion
-    kind: str | None = None,  # None: both
-    ax=None,
-):
-    "Heat map of the strongest attributes of each emotion. Returns the axes."
-    from uniemo.measure.plots import heat_map
-    from uniemo.measure.theme import new_axes, set_finding, theme
-
-    t = table.to_pandas()
-    if kind is not None:
-        t = t.xs(check_kind(kind), level="kind", drop_level=False)
-    strongest = [
-        t[e].sort_values(ascending=False, kind="stable").index[:top] for e in table.emotions
-    ]
-    t = t.loc[list(dict.fromkeys(key for keys in strongest for key in keys))]
-    labels = [name.replace("_", " ").lower() for _, name in t.index]
-    if kind is None:
-        labels = [f"{label} ({k})" for label, (k, _) in zip(labels, t.index)]
-    row, column = np.unravel_index(t.to_numpy().argmax(), t.shape)
-    loudest = f"{labels[row]} for {table.emotions[column]}: {t.iat[row, column]:.2f}"
-    with theme():
-        ax = new_axes(ax, 2.6 + 0.55 * len(table.emotions), 1.4 + 0.21 * len(t))
-        heat_map(t.set_axis(labels), "coefficient", ax)
-        ax.set(xlabel="emotion", ylabel=kind or "attribute")
-        return set_finding(ax, f"Nothing speaks louder than {loudest}")
+        return plot_coefficients(self.to_pandas(), top, kind, ax)
 
 
 # %% ../nbs/06_correlation.ipynb #cell-31

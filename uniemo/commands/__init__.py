@@ -8,7 +8,6 @@ import lazy_loader
 if TYPE_CHECKING:
     from .annotation import (
         Calibration,
-        KINDS,
         LEAST,
         all_names,
         annotate,
@@ -17,6 +16,15 @@ if TYPE_CHECKING:
         judge_claims,
         read_names,
         wilson_lower,
+    )
+    from .audit import (
+        audit,
+        audit_photo,
+        audit_photos,
+        check_new,
+        mean_agreement,
+        plot_photo,
+        print_tables,
     )
     from .claims import decide_claims, verdicts_of
     from .convert import READERS, convert_files, from_emogen
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
         is_fault,
         requirements,
     )
-    from .photos import SHORT, find_photos, understand
+    from .photos import find_photos, understand
     from .pictures import Steps, edit, generate, read_mixture
     from .terminal import (
         Device,
@@ -52,7 +60,6 @@ if TYPE_CHECKING:
 _rooms = {
     "annotation": [
         "Calibration",
-        "KINDS",
         "LEAST",
         "all_names",
         "annotate",
@@ -61,6 +68,15 @@ _rooms = {
         "judge_claims",
         "read_names",
         "wilson_lower",
+    ],
+    "audit": [
+        "audit",
+        "audit_photo",
+        "audit_photos",
+        "check_new",
+        "mean_agreement",
+        "plot_photo",
+        "print_tables",
     ],
     "claims": ["decide_claims", "verdicts_of"],
     "convert": ["READERS", "convert_files", "from_emogen"],
@@ -75,7 +91,7 @@ _rooms = {
         "is_fault",
         "requirements",
     ],
-    "photos": ["SHORT", "find_photos", "understand"],
+    "photos": ["find_photos", "understand"],
     "pictures": ["Steps", "edit", "generate", "read_mixture"],
     "terminal": [
         "Device",

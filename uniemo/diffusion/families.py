@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.shares import draw_rows
 from .denoisers import Noise, as_type, denoiser_of, replaced
+from .painting import regions
 from .noise import DenoisingPart, half_copy, own_type
 from ..files.weights import quiet
 from ..fusion import PseudoWordMapper, compute_device, tower_words
@@ -134,8 +135,7 @@ class PipelinePart(DenoisingPart):
 
     def diffusion_blocks(self):
         "The denoiser's blocks, each of which may be compiled; a compiled text tower skips hooks."
-        kinds = set(self.unet._repeated_blocks or ())
-        return [part for part in self.unet.modules() if type(part).__name__ in kinds]
+        return regions(self.unet)
 
     def checkpoint_text(self):
         "Let the text towers that read words compute their inner states anew."

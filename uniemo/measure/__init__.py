@@ -122,11 +122,13 @@ if TYPE_CHECKING:
     from .plots import (
         heat_map,
         plot_classes,
+        plot_coefficients,
         plot_confusion,
         plot_differences,
         plot_intervals,
         plot_reliability,
     )
+    from .predicted import predicted_rows
     from .prior import NameCounts, NamePrior
     from .published import METRICS, PUBLISHED, beside_published, published_networks
     from .theme import (
@@ -291,11 +293,13 @@ _rooms = {
     "plots": [
         "heat_map",
         "plot_classes",
+        "plot_coefficients",
         "plot_confusion",
         "plot_differences",
         "plot_intervals",
         "plot_reliability",
     ],
+    "predicted": ["predicted_rows"],
     "prior": ["NameCounts", "NamePrior"],
     "published": ["METRICS", "PUBLISHED", "beside_published", "published_networks"],
     "theme": [

@@ -217,7 +217,7 @@ def plot_occlusion(
     for column, kind in zip(axes.T[1:], kinds):
         _show(column[0], overlay(image, attentions[kind]), f"{kind} queries\nlook")
         _show(column[1], overlay(image, losses[kind]), f"hidden:\n{kind} feature moves")
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, 0, 1, 0.92 if finding else 1))
     return set_figure_finding(fig, finding) if finding else fig
 
 

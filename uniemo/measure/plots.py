@@ -7,6 +7,7 @@ __all__ = [
     "LIMITS",
     "heat_map",
     "plot_confusion",
+    "plot_coefficients",
     "plot_reliability",
     "plot_intervals",
     "plot_classes",
@@ -20,6 +21,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from mpl_toolkits.axes_grid1 import make_axes_locatable
 
+from ..data.coefficients import check_kind
 from ..emotions import MIKELS, EmotionSet
 from uniemo.measure.classification import (
     accuracy,
@@ -28,7 +30,7 @@ from uniemo.measure.classification import (
     check_predictions,
 )
 from .intervals import proportion
-from .theme import DASHES, MARKERS, PALETTE, new_axes, set_finding, themed
+from .theme import DASHES, MARKERS, PALETTE, new_axes, set_finding, theme, themed
 
 
 # %% ../../nbs/measure/plots.ipynb #cell-12
@@ -100,6 +102,32 @@ def _commonest_mistake(share):
         f"Most common mistake: {name} taken for {share.columns[said]} "
         f"({wrong[true, said]:.0%} of {name})"
     )
+
+
+# %% ../../nbs/measure/plots.ipynb #c0ef0002
+def plot_coefficients(
+    table: pd.DataFrame,  # indexed by kind and name, a column an emotion
+    top: int = 3,  # attributes of each emotion
+    kind: str | None = None,  # None: both
+    ax: Axes | None = None,
+) -> Axes:
+    "Heat map of the strongest attributes of each emotion."
+    if kind is not None:
+        table = table.xs(check_kind(kind), level="kind", drop_level=False)
+    strongest = [
+        table[e].sort_values(ascending=False, kind="stable").index[:top] for e in table.columns
+    ]
+    table = table.loc[list(dict.fromkeys(key for keys in strongest for key in keys))]
+    labels = [name.replace("_", " ").lower() for _, name in table.index]
+    if kind is None:
+        labels = [f"{label} ({k})" for label, (k, _) in zip(labels, table.index)]
+    row, column = np.unravel_index(table.to_numpy().argmax(), table.shape)
+    loudest = f"{labels[row]} for {table.columns[column]}: {table.iat[row, column]:.2f}"
+    with theme():
+        ax = new_axes(ax, 2.6 + 0.55 * table.shape[1], 1.4 + 0.21 * len(table))
+        heat_map(table.set_axis(labels), "coefficient", ax)
+        ax.set(xlabel="emotion", ylabel=kind or "attribute")
+        return set_finding(ax, f"Nothing speaks louder than {loudest}")
 
 
 # %% ../../nbs/measure/plots.ipynb #cell-16

@@ -35,6 +35,7 @@ from typer.main import get_command
 import uniemo
 from .. import runs
 from ..commands.annotation import annotate
+from ..commands.audit import audit
 from ..commands.claims import decide_claims
 from ..commands.convert import convert_files
 from ..commands.doctor import check_data, diagnose
@@ -135,6 +136,7 @@ def _show_version(wanted: bool):
 @application.callback(
     epilog=examples(
         "uniemo understand photo.jpg",
+        "uniemo audit photo.jpg --out audited",
         "uniemo generate awe -n 8 --out pictures",
         "uniemo run quickstart -p seed 3",
     )
@@ -151,6 +153,7 @@ def about(
 # %% ../../nbs/runs/cli.ipynb #b777b480
 EVERYDAY = dict(
     understand=understand,
+    audit=audit,
     generate=generate,
     edit=edit,
     check=check_data,
@@ -166,6 +169,11 @@ EXAMPLES = dict(
         "uniemo understand photo.jpg",
         'uniemo understand holiday/ "scans/*.png" --csv read.csv',
         "uniemo understand photo.jpg --plot look.png --model runs/mine",
+    ),
+    audit=(
+        "uniemo audit photo.jpg",
+        "uniemo audit holiday/ --out audited --csv audit.csv",
+        "uniemo audit photo.jpg --fill blur --model runs/mine",
     ),
     generate=(
         "uniemo generate awe -n 8",

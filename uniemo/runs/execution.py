@@ -185,6 +185,16 @@ def _kernel_class(env):
 
 
 # %% ../../nbs/runs/execution.ipynb #8fa7c7a0
+def _name_kernel(notebook):
+    "Write the kernel's name into a notebook as JupyterLab writes it."
+    from ipykernel.kernelspec import get_kernel_dict
+
+    spec = get_kernel_dict()
+    named = {key: spec[key] for key in ("display_name", "language")}
+    notebook.metadata["kernelspec"] = dict(named, name="python3")
+
+
+# %% ../../nbs/runs/execution.ipynb #13606927
 def _register_engine():
     "papermill's engine with our kernel, whole saving and a watcher, under the name 'uniemo'."
     import nbformat
@@ -197,6 +207,7 @@ def _register_engine():
                 write_file(managed.output_path, nbformat.writes(managed.nb))
 
             managed.save = save
+            _name_kernel(managed.nb)
             kernel = _kernel_class({"UNIEMO_RUN_DIR": str(run.dir), **thread_settings()})
             with Watch(run, managed.nb, progress):
                 super().execute_managed_notebook(

@@ -57,7 +57,8 @@ def _bare_tree(source):
 
 
 # %% ../../nbs/runs/keys.ipynb #d7baaca8
-@dataclass(frozen=True)
+# a module is itself: the same text is read once (see `_module_of`)
+@dataclass(frozen=True, eq=False)
 class Module:
     "What the names in a source file mean."
 
@@ -164,18 +165,30 @@ def _resolve(dotted, roots):
     return None
 
 
-def _reached_from(node, module, roots):
-    "What the names in a syntax tree mean, as `(module, name)`."
-    imports = module.imports | _imports(ast.walk(node), module.name.rpartition(".")[0])
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and part.id not in imports:
-            if part.id in module.definitions:
-                yield module, part.id
-        elif isinstance(part, (ast.Name, ast.Attribute)):
-            dotted = _dotted(part, imports)
-            found = _resolve(dotted, roots) if dotted else None
-            if found:
-                yield found
+def _names_in(nodes, module):
+    "Names of syntax trees: those that the module defines, and dotted ones of what it imports."
+    own, dotted = {}, {}
+    for node in nodes:
+        parts = list(ast.walk(node))
+        imports = module.imports | _imports(parts, module.name.rpartition(".")[0])
+        for part in parts:
+            if isinstance(part, ast.Name) and part.id not in imports:
+                if part.id in module.definitions:
+                    own[part.id] = None
+            elif isinstance(part, (ast.Name, ast.Attribute)):
+                dotted[_dotted(part, imports)] = None
+    return list(own), [name for name in dotted if name]
+
+
+def _read_nodes(nodes, module):
+    "(bare text, own names, dotted names) of statements."
+    return ("\n".join(ast.dump(node) for node in nodes), *_names_in(nodes, module))
+
+
+@cache
+def _read_definition(module, name):
+    "The same of what a module defines by this name."
+    return _read_nodes(module.definitions[name], module)
 
 
 # %% ../../nbs/runs/keys.ipynb #ff3b0ce2
@@ -211,16 +224,18 @@ def reached(
     "All of the package's code that a function may run."
     roots = {"uniemo", function.__module__.split(".")[0]}
     module = read_module(function.__module__) or _notebook(function)
-    first = module.definitions.get(function.__qualname__) or _text_of(function)
-    trees, todo = {}, [((module, function.__qualname__), first)]
+    trees, todo = {}, [(module, function.__qualname__)]
     while todo:
-        (module, name), nodes = todo.pop()
+        module, name = todo.pop()
         if (module.name, name) in trees:
             continue
-        trees[module.name, name] = "\n".join(ast.dump(node) for node in nodes)
-        for node in nodes:
-            for there, found in _reached_from(node, module, roots):
-                todo.append(((there, found), there.definitions[found]))
+        if name in module.definitions:
+            tree, own, dotted = _read_definition(module, name)
+        else:
+            tree, own, dotted = _read_nodes(_text_of(function), module)
+        trees[module.name, name] = tree
+        todo += [(module, name) for name in own]
+        todo += filter(None, (_resolve(name, roots) for name in dotted))
     return trees
 
 

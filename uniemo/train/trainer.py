@@ -82,6 +82,9 @@ class Stage(nn.Module):
         "Blocks that stand many times; each may be compiled by itself."
         return []
 
+    def before_compiling(self):
+        "What compiled blocks ask for, such as another layout in memory."
+
     def hold_frozen(self, dtype: torch.dtype):
         "Keep copies of large frozen networks in this type, in which a GPU computes."
 
@@ -282,6 +285,7 @@ class Trainer:
             stage.hold_frozen(torch.bfloat16)
         self.trained = check_trained(stage.to(self.device))
         if self.config.compile:
+            stage.before_compiling()
             compile_blocks(stage.repeated_blocks(), self.config.compile_mode)
         optimizer = torch.optim.AdamW(
             optimizer_groups(stage.parameter_groups()),

@@ -182,7 +182,7 @@ def audit(  # noqa: PLR0913
     device: Device = None,
     quiet: Quiet = False,
 ) -> int:
-    "Whether a model loses what it knows of photographs where its queries look."
+    "Whether a model uses what its queries look at: hide it, and see."
     paths = find_photos(photos)
     check_new(out)
     pipe = load_pipeline(model, device, quiet)

@@ -142,8 +142,9 @@ def lost(
     emotion = int(before["logits"][0].argmax())
     first, then = (log_odds(read["logits"], emotion) for read in (before, after))
     found = dict(emotion=first - then)
-    for name in set(before) - {"logits"}:
-        found[name] = np.linalg.norm(after[name] - before[name], axis=1)
+    for name, feature in before.items():
+        if name != "logits":
+            found[name] = np.linalg.norm(after[name] - feature, axis=1)
     return found
 
 

@@ -7,10 +7,44 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .controls import layer_controls, sketch_controls
-    from .media import AUDIO_MODEL, DIMENSIONS, EKMAN, GOEMOTIONS, POLARITY, SPEECH, TABLES, TEXT_MODEL, emotion_of_audio, emotion_of_text, illustrate, mixture_from_dimensions, mixture_from_labels
+    from .media import (
+        AUDIO_MODEL,
+        DIMENSIONS,
+        EKMAN,
+        GOEMOTIONS,
+        POLARITY,
+        SPEECH,
+        TABLES,
+        TEXT_MODEL,
+        emotion_of_audio,
+        emotion_of_text,
+        illustrate,
+        mixture_from_dimensions,
+        mixture_from_labels,
+    )
     from .page import ABOUT, MINI, SHOWN, build_page, demo, enlarged, serve, wish_of
     from .studio import Reading, Studio, Wish, layer_maps, pack
     from .webpage import PAINTED, PageSettings, page_of, write_page
 
-_rooms = {'controls': ['layer_controls', 'sketch_controls'], 'media': ['AUDIO_MODEL', 'DIMENSIONS', 'EKMAN', 'GOEMOTIONS', 'POLARITY', 'SPEECH', 'TABLES', 'TEXT_MODEL', 'emotion_of_audio', 'emotion_of_text', 'illustrate', 'mixture_from_dimensions', 'mixture_from_labels'], 'page': ['ABOUT', 'MINI', 'SHOWN', 'build_page', 'demo', 'enlarged', 'serve', 'wish_of'], 'studio': ['Reading', 'Studio', 'Wish', 'layer_maps', 'pack'], 'webpage': ['PAINTED', 'PageSettings', 'page_of', 'write_page']}
+_rooms = {
+    "controls": ["layer_controls", "sketch_controls"],
+    "media": [
+        "AUDIO_MODEL",
+        "DIMENSIONS",
+        "EKMAN",
+        "GOEMOTIONS",
+        "POLARITY",
+        "SPEECH",
+        "TABLES",
+        "TEXT_MODEL",
+        "emotion_of_audio",
+        "emotion_of_text",
+        "illustrate",
+        "mixture_from_dimensions",
+        "mixture_from_labels",
+    ],
+    "page": ["ABOUT", "MINI", "SHOWN", "build_page", "demo", "enlarged", "serve", "wish_of"],
+    "studio": ["Reading", "Studio", "Wish", "layer_maps", "pack"],
+    "webpage": ["PAINTED", "PageSettings", "page_of", "write_page"],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -6,17 +6,165 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .disk import ANEW, FETCH, FULL, FileError, SIGNS, check_regular, describe_file, disk_full, flush, is_disk_full, read_json, write_file
+    from .disk import (
+        ANEW,
+        FETCH,
+        FULL,
+        FileError,
+        SIGNS,
+        check_regular,
+        describe_file,
+        disk_full,
+        flush,
+        is_disk_full,
+        read_json,
+        write_file,
+    )
     from .emogen import EmoGenFiles, load_emogen, read_table
-    from .needed import CLIP_FILES, DIFFUSION_FILES, EMOSET_FILES, ENCODER_FILES, TOKENIZER, WEIGHTED, diffusion_files, local_folder, look_for, opens, refuse_missing
-    from .onnx import OnnxDecoder, OnnxDenoiser, OnnxEncoder, OnnxText, OnnxWords, check_onnx, compare_onnx, example_inputs, export_network, export_onnx, run_onnx, shrink_onnx
+    from .needed import (
+        CLIP_FILES,
+        DIFFUSION_FILES,
+        EMOSET_FILES,
+        ENCODER_FILES,
+        TOKENIZER,
+        WEIGHTED,
+        diffusion_files,
+        local_folder,
+        look_for,
+        opens,
+        refuse_missing,
+    )
+    from .onnx import (
+        OnnxDecoder,
+        OnnxDenoiser,
+        OnnxEncoder,
+        OnnxText,
+        OnnxWords,
+        check_onnx,
+        compare_onnx,
+        example_inputs,
+        export_network,
+        export_onnx,
+        run_onnx,
+        shrink_onnx,
+    )
     from .pickles import LIMIT, RefusedFile, count_items, read_pickle, read_torch
-    from .pipelines import HUB, KNOWN, LORA_FOLDER, NOTE, PLACED, base_place, copy_lora, find_pipeline, load_lora, load_parts, read_base
+    from .pipelines import (
+        HUB,
+        KNOWN,
+        LORA_FOLDER,
+        NOTE,
+        PLACED,
+        base_place,
+        copy_lora,
+        find_pipeline,
+        load_lora,
+        load_parts,
+        read_base,
+    )
     from .provenance import provenance, read_provenance, write_provenance
     from .shipped import check_manifest, read_manifest, sha256, shipped_folder
     from .spaces import PARTS, read_space, space_of_statistics, write_space
-    from .uniemo import UniEmoFiles, load_uniemo, official_name, official_state, read_state, read_statistics
-    from .weights import NO_WRAPPERS, WeightsError, check_state, check_tensors, load_pretrained, quiet, read_metadata, read_tensors, strip_wrappers, write_tensors
+    from .uniemo import (
+        UniEmoFiles,
+        load_uniemo,
+        official_name,
+        official_state,
+        read_state,
+        read_statistics,
+    )
+    from .weights import (
+        NO_WRAPPERS,
+        WeightsError,
+        check_state,
+        check_tensors,
+        load_pretrained,
+        quiet,
+        read_metadata,
+        read_tensors,
+        strip_wrappers,
+        write_tensors,
+    )
 
-_rooms = {'disk': ['ANEW', 'FETCH', 'FULL', 'FileError', 'SIGNS', 'check_regular', 'describe_file', 'disk_full', 'flush', 'is_disk_full', 'read_json', 'write_file'], 'emogen': ['EmoGenFiles', 'load_emogen', 'read_table'], 'needed': ['CLIP_FILES', 'DIFFUSION_FILES', 'EMOSET_FILES', 'ENCODER_FILES', 'TOKENIZER', 'WEIGHTED', 'diffusion_files', 'local_folder', 'look_for', 'opens', 'refuse_missing'], 'onnx': ['OnnxDecoder', 'OnnxDenoiser', 'OnnxEncoder', 'OnnxText', 'OnnxWords', 'check_onnx', 'compare_onnx', 'example_inputs', 'export_network', 'export_onnx', 'run_onnx', 'shrink_onnx'], 'pickles': ['LIMIT', 'RefusedFile', 'count_items', 'read_pickle', 'read_torch'], 'pipelines': ['HUB', 'KNOWN', 'LORA_FOLDER', 'NOTE', 'PLACED', 'base_place', 'copy_lora', 'find_pipeline', 'load_lora', 'load_parts', 'read_base'], 'provenance': ['provenance', 'read_provenance', 'write_provenance'], 'shipped': ['check_manifest', 'read_manifest', 'sha256', 'shipped_folder'], 'spaces': ['PARTS', 'read_space', 'space_of_statistics', 'write_space'], 'uniemo': ['UniEmoFiles', 'load_uniemo', 'official_name', 'official_state', 'read_state', 'read_statistics'], 'weights': ['NO_WRAPPERS', 'WeightsError', 'check_state', 'check_tensors', 'load_pretrained', 'quiet', 'read_metadata', 'read_tensors', 'strip_wrappers', 'write_tensors']}
+_rooms = {
+    "disk": [
+        "ANEW",
+        "FETCH",
+        "FULL",
+        "FileError",
+        "SIGNS",
+        "check_regular",
+        "describe_file",
+        "disk_full",
+        "flush",
+        "is_disk_full",
+        "read_json",
+        "write_file",
+    ],
+    "emogen": ["EmoGenFiles", "load_emogen", "read_table"],
+    "needed": [
+        "CLIP_FILES",
+        "DIFFUSION_FILES",
+        "EMOSET_FILES",
+        "ENCODER_FILES",
+        "TOKENIZER",
+        "WEIGHTED",
+        "diffusion_files",
+        "local_folder",
+        "look_for",
+        "opens",
+        "refuse_missing",
+    ],
+    "onnx": [
+        "OnnxDecoder",
+        "OnnxDenoiser",
+        "OnnxEncoder",
+        "OnnxText",
+        "OnnxWords",
+        "check_onnx",
+        "compare_onnx",
+        "example_inputs",
+        "export_network",
+        "export_onnx",
+        "run_onnx",
+        "shrink_onnx",
+    ],
+    "pickles": ["LIMIT", "RefusedFile", "count_items", "read_pickle", "read_torch"],
+    "pipelines": [
+        "HUB",
+        "KNOWN",
+        "LORA_FOLDER",
+        "NOTE",
+        "PLACED",
+        "base_place",
+        "copy_lora",
+        "find_pipeline",
+        "load_lora",
+        "load_parts",
+        "read_base",
+    ],
+    "provenance": ["provenance", "read_provenance", "write_provenance"],
+    "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
+    "spaces": ["PARTS", "read_space", "space_of_statistics", "write_space"],
+    "uniemo": [
+        "UniEmoFiles",
+        "load_uniemo",
+        "official_name",
+        "official_state",
+        "read_state",
+        "read_statistics",
+    ],
+    "weights": [
+        "NO_WRAPPERS",
+        "WeightsError",
+        "check_state",
+        "check_tensors",
+        "load_pretrained",
+        "quiet",
+        "read_metadata",
+        "read_tensors",
+        "strip_wrappers",
+        "write_tensors",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

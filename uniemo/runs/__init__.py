@@ -6,21 +6,209 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .estimate import Job, MemoryTracker, PRECISIONS, PROGRAM, STAGES, estimate, fake_tensors, generate_step, random_batch, train_step
+    from .estimate import (
+        Job,
+        MemoryTracker,
+        PRECISIONS,
+        PROGRAM,
+        STAGES,
+        estimate,
+        fake_tensors,
+        generate_step,
+        random_batch,
+        train_step,
+    )
     from .execution import RunFailed, Terminated, Watch, hold, resume, start, terminable, where
     from .folders import LOCK, Run, environment, new_run, now, read_json, runs_folder, write_json
-    from .forecast import Peak, StepClock, Work, folder_size, forecast, resident_memory, watch_memory
+    from .forecast import (
+        Peak,
+        StepClock,
+        Work,
+        folder_size,
+        forecast,
+        resident_memory,
+        watch_memory,
+    )
     from .grids import Grid, cell_name, read_grid, read_values
     from .jobs import FullRun, Jobs, in_processes, main
     from .keys import Module, TABLES, fingerprint, reached, source_hash
-    from .larger import LARGER, WeightlessStage, build_pipeline, is_estimable, is_larger, larger_mapper, paint_weightless
-    from .parameters import KINDS, PACKAGE, Parameter, at_least, check_parameters, coerce, describe, experiments, find_notebook, read_notebook, read_parameters, suggest
-    from .parts import CLIP, CLIP_VISION, END, NAMES, Parts, SD, SD_TEXT, SD_VAE, START, build_parts, build_retriever, default_type, read_config, stand_in_tokenizer
+    from .larger import (
+        LARGER,
+        WeightlessStage,
+        build_pipeline,
+        is_estimable,
+        is_larger,
+        larger_mapper,
+        paint_weightless,
+    )
+    from .parameters import (
+        KINDS,
+        PACKAGE,
+        Parameter,
+        at_least,
+        check_parameters,
+        coerce,
+        describe,
+        experiments,
+        find_notebook,
+        read_notebook,
+        read_parameters,
+        suggest,
+    )
+    from .parts import (
+        CLIP,
+        CLIP_VISION,
+        END,
+        NAMES,
+        Parts,
+        SD,
+        SD_TEXT,
+        SD_VAE,
+        START,
+        build_parts,
+        build_retriever,
+        default_type,
+        read_config,
+        stand_in_tokenizer,
+    )
     from .processes import accelerate_config, launch, launch_command
     from .store import PATHS, Store
-    from .sweeps import CELL, Engine, SEED, Sweep, over_seeds, plot_sweep, read_engine, run_on_ray, sweep
-    from .tables import BROKEN, COLUMNS, all_runs, compare, earlier_rows, find_run, flatten, list_runs, main_metric, published, show_metrics
+    from .sweeps import (
+        CELL,
+        Engine,
+        SEED,
+        Sweep,
+        over_seeds,
+        plot_sweep,
+        read_engine,
+        run_on_ray,
+        sweep,
+    )
+    from .tables import (
+        BROKEN,
+        COLUMNS,
+        all_runs,
+        compare,
+        earlier_rows,
+        find_run,
+        flatten,
+        list_runs,
+        main_metric,
+        published,
+        show_metrics,
+    )
     from .threads import describe_threads, thread_settings, usable_cores, use_threads
 
-_rooms = {'estimate': ['Job', 'MemoryTracker', 'PRECISIONS', 'PROGRAM', 'STAGES', 'estimate', 'fake_tensors', 'generate_step', 'random_batch', 'train_step'], 'execution': ['RunFailed', 'Terminated', 'Watch', 'hold', 'resume', 'start', 'terminable', 'where'], 'folders': ['LOCK', 'Run', 'environment', 'new_run', 'now', 'read_json', 'runs_folder', 'write_json'], 'forecast': ['Peak', 'StepClock', 'Work', 'folder_size', 'forecast', 'resident_memory', 'watch_memory'], 'grids': ['Grid', 'cell_name', 'read_grid', 'read_values'], 'jobs': ['FullRun', 'Jobs', 'in_processes', 'main'], 'keys': ['Module', 'TABLES', 'fingerprint', 'reached', 'source_hash'], 'larger': ['LARGER', 'WeightlessStage', 'build_pipeline', 'is_estimable', 'is_larger', 'larger_mapper', 'paint_weightless'], 'parameters': ['KINDS', 'PACKAGE', 'Parameter', 'at_least', 'check_parameters', 'coerce', 'describe', 'experiments', 'find_notebook', 'read_notebook', 'read_parameters', 'suggest'], 'parts': ['CLIP', 'CLIP_VISION', 'END', 'NAMES', 'Parts', 'SD', 'SD_TEXT', 'SD_VAE', 'START', 'build_parts', 'build_retriever', 'default_type', 'read_config', 'stand_in_tokenizer'], 'processes': ['accelerate_config', 'launch', 'launch_command'], 'store': ['PATHS', 'Store'], 'sweeps': ['CELL', 'Engine', 'SEED', 'Sweep', 'over_seeds', 'plot_sweep', 'read_engine', 'run_on_ray', 'sweep'], 'tables': ['BROKEN', 'COLUMNS', 'all_runs', 'compare', 'earlier_rows', 'find_run', 'flatten', 'list_runs', 'main_metric', 'published', 'show_metrics'], 'threads': ['describe_threads', 'thread_settings', 'usable_cores', 'use_threads']}
+_rooms = {
+    "estimate": [
+        "Job",
+        "MemoryTracker",
+        "PRECISIONS",
+        "PROGRAM",
+        "STAGES",
+        "estimate",
+        "fake_tensors",
+        "generate_step",
+        "random_batch",
+        "train_step",
+    ],
+    "execution": [
+        "RunFailed",
+        "Terminated",
+        "Watch",
+        "hold",
+        "resume",
+        "start",
+        "terminable",
+        "where",
+    ],
+    "folders": [
+        "LOCK",
+        "Run",
+        "environment",
+        "new_run",
+        "now",
+        "read_json",
+        "runs_folder",
+        "write_json",
+    ],
+    "forecast": [
+        "Peak",
+        "StepClock",
+        "Work",
+        "folder_size",
+        "forecast",
+        "resident_memory",
+        "watch_memory",
+    ],
+    "grids": ["Grid", "cell_name", "read_grid", "read_values"],
+    "jobs": ["FullRun", "Jobs", "in_processes", "main"],
+    "keys": ["Module", "TABLES", "fingerprint", "reached", "source_hash"],
+    "larger": [
+        "LARGER",
+        "WeightlessStage",
+        "build_pipeline",
+        "is_estimable",
+        "is_larger",
+        "larger_mapper",
+        "paint_weightless",
+    ],
+    "parameters": [
+        "KINDS",
+        "PACKAGE",
+        "Parameter",
+        "at_least",
+        "check_parameters",
+        "coerce",
+        "describe",
+        "experiments",
+        "find_notebook",
+        "read_notebook",
+        "read_parameters",
+        "suggest",
+    ],
+    "parts": [
+        "CLIP",
+        "CLIP_VISION",
+        "END",
+        "NAMES",
+        "Parts",
+        "SD",
+        "SD_TEXT",
+        "SD_VAE",
+        "START",
+        "build_parts",
+        "build_retriever",
+        "default_type",
+        "read_config",
+        "stand_in_tokenizer",
+    ],
+    "processes": ["accelerate_config", "launch", "launch_command"],
+    "store": ["PATHS", "Store"],
+    "sweeps": [
+        "CELL",
+        "Engine",
+        "SEED",
+        "Sweep",
+        "over_seeds",
+        "plot_sweep",
+        "read_engine",
+        "run_on_ray",
+        "sweep",
+    ],
+    "tables": [
+        "BROKEN",
+        "COLUMNS",
+        "all_runs",
+        "compare",
+        "earlier_rows",
+        "find_run",
+        "flatten",
+        "list_runs",
+        "main_metric",
+        "published",
+        "show_metrics",
+    ],
+    "threads": ["describe_threads", "thread_settings", "usable_cores", "use_threads"],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

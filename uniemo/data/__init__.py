@@ -9,26 +9,164 @@ if TYPE_CHECKING:
     from .attributes import Annotations, KINDS, count_attributes, read_annotations, shown_names
     from .batches import check_tensors, make_loader
     from .boxes import box_mask, boxes_in_cell
-    from .cells import class_names, column_called, image_bytes, label_numbers, names_in_cell, path_in_cell, read_frame, rename_folded, spread_votes, tidy_cells, vote_shares
+    from .cells import (
+        class_names,
+        column_called,
+        image_bytes,
+        label_numbers,
+        names_in_cell,
+        path_in_cell,
+        read_frame,
+        rename_folded,
+        spread_votes,
+        tidy_cells,
+        vote_shares,
+    )
     from .checking import NO_DATA, check, find_layout, find_root, load_data
     from .coefficients import AttributeRows, check_kind, emotion_order, read_rows
     from .emoset import EmoSet
     from .folders import EmotionFolder, SPLIT_NAMES, folders_in, images_in
-    from .hub import EmotionArrow, EmotionStream, data_place, is_arrow_folder, on_hub, parquet_shards
+    from .hub import (
+        EmotionArrow,
+        EmotionStream,
+        data_place,
+        is_arrow_folder,
+        on_hub,
+        parquet_shards,
+    )
     from .images import SUFFIXES, read_image, to_rgb
     from .kept import read_table, write_annotated, write_kept
     from .lookup import ImageFiles, columns_of, in_threads
     from .memory import in_memory, memory_size, random_crops
     from .mixing import MixedDataset, mix_tensors, mixing_weights, same_images
-    from .names import check_name, existing_path, fold_case, leaves_root, look_alikes, normalize_name, spellings, tidy_path
-    from .reading import DataError, Problem, check_regular, decode_text, name_content, problem_table, read_bytes, read_json
+    from .names import (
+        check_name,
+        existing_path,
+        fold_case,
+        leaves_root,
+        look_alikes,
+        normalize_name,
+        spellings,
+        tidy_path,
+    )
+    from .reading import (
+        DataError,
+        Problem,
+        check_regular,
+        decode_text,
+        name_content,
+        problem_table,
+        read_bytes,
+        read_json,
+    )
     from .resampling import random_choice, redraw
     from .sets import EmotionData, examine_all, warn_of_likeness
-    from .shares import draw_rows, drop_rows, is_first, join_parts, own_part, process_place, share_of_batch, share_out, shared_work, wait_for_all
+    from .shares import (
+        draw_rows,
+        drop_rows,
+        is_first,
+        join_parts,
+        own_part,
+        process_place,
+        share_of_batch,
+        share_out,
+        shared_work,
+        wait_for_all,
+    )
     from .spelling import closest
     from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
     from .tables import EmotionTable
-    from .transforms import ByteView, CentreCrop, NetworkView, RandomCrop, Transform, eval_transform, joint_transform, train_transform
+    from .transforms import (
+        ByteView,
+        CentreCrop,
+        NetworkView,
+        RandomCrop,
+        Transform,
+        eval_transform,
+        joint_transform,
+        train_transform,
+    )
 
-_rooms = {'attributes': ['Annotations', 'KINDS', 'count_attributes', 'read_annotations', 'shown_names'], 'batches': ['check_tensors', 'make_loader'], 'boxes': ['box_mask', 'boxes_in_cell'], 'cells': ['class_names', 'column_called', 'image_bytes', 'label_numbers', 'names_in_cell', 'path_in_cell', 'read_frame', 'rename_folded', 'spread_votes', 'tidy_cells', 'vote_shares'], 'checking': ['NO_DATA', 'check', 'find_layout', 'find_root', 'load_data'], 'coefficients': ['AttributeRows', 'check_kind', 'emotion_order', 'read_rows'], 'emoset': ['EmoSet'], 'folders': ['EmotionFolder', 'SPLIT_NAMES', 'folders_in', 'images_in'], 'hub': ['EmotionArrow', 'EmotionStream', 'data_place', 'is_arrow_folder', 'on_hub', 'parquet_shards'], 'images': ['SUFFIXES', 'read_image', 'to_rgb'], 'kept': ['read_table', 'write_annotated', 'write_kept'], 'lookup': ['ImageFiles', 'columns_of', 'in_threads'], 'memory': ['in_memory', 'memory_size', 'random_crops'], 'mixing': ['MixedDataset', 'mix_tensors', 'mixing_weights', 'same_images'], 'names': ['check_name', 'existing_path', 'fold_case', 'leaves_root', 'look_alikes', 'normalize_name', 'spellings', 'tidy_path'], 'reading': ['DataError', 'Problem', 'check_regular', 'decode_text', 'name_content', 'problem_table', 'read_bytes', 'read_json'], 'resampling': ['random_choice', 'redraw'], 'sets': ['EmotionData', 'examine_all', 'warn_of_likeness'], 'shares': ['draw_rows', 'drop_rows', 'is_first', 'join_parts', 'own_part', 'process_place', 'share_of_batch', 'share_out', 'shared_work', 'wait_for_all'], 'spelling': ['closest'], 'splits': ['EmotionSplits', 'load_splits', 'open_splits', 'three_splits', 'training_images'], 'tables': ['EmotionTable'], 'transforms': ['ByteView', 'CentreCrop', 'NetworkView', 'RandomCrop', 'Transform', 'eval_transform', 'joint_transform', 'train_transform']}
+_rooms = {
+    "attributes": ["Annotations", "KINDS", "count_attributes", "read_annotations", "shown_names"],
+    "batches": ["check_tensors", "make_loader"],
+    "boxes": ["box_mask", "boxes_in_cell"],
+    "cells": [
+        "class_names",
+        "column_called",
+        "image_bytes",
+        "label_numbers",
+        "names_in_cell",
+        "path_in_cell",
+        "read_frame",
+        "rename_folded",
+        "spread_votes",
+        "tidy_cells",
+        "vote_shares",
+    ],
+    "checking": ["NO_DATA", "check", "find_layout", "find_root", "load_data"],
+    "coefficients": ["AttributeRows", "check_kind", "emotion_order", "read_rows"],
+    "emoset": ["EmoSet"],
+    "folders": ["EmotionFolder", "SPLIT_NAMES", "folders_in", "images_in"],
+    "hub": [
+        "EmotionArrow",
+        "EmotionStream",
+        "data_place",
+        "is_arrow_folder",
+        "on_hub",
+        "parquet_shards",
+    ],
+    "images": ["SUFFIXES", "read_image", "to_rgb"],
+    "kept": ["read_table", "write_annotated", "write_kept"],
+    "lookup": ["ImageFiles", "columns_of", "in_threads"],
+    "memory": ["in_memory", "memory_size", "random_crops"],
+    "mixing": ["MixedDataset", "mix_tensors", "mixing_weights", "same_images"],
+    "names": [
+        "check_name",
+        "existing_path",
+        "fold_case",
+        "leaves_root",
+        "look_alikes",
+        "normalize_name",
+        "spellings",
+        "tidy_path",
+    ],
+    "reading": [
+        "DataError",
+        "Problem",
+        "check_regular",
+        "decode_text",
+        "name_content",
+        "problem_table",
+        "read_bytes",
+        "read_json",
+    ],
+    "resampling": ["random_choice", "redraw"],
+    "sets": ["EmotionData", "examine_all", "warn_of_likeness"],
+    "shares": [
+        "draw_rows",
+        "drop_rows",
+        "is_first",
+        "join_parts",
+        "own_part",
+        "process_place",
+        "share_of_batch",
+        "share_out",
+        "shared_work",
+        "wait_for_all",
+    ],
+    "spelling": ["closest"],
+    "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
+    "tables": ["EmotionTable"],
+    "transforms": [
+        "ByteView",
+        "CentreCrop",
+        "NetworkView",
+        "RandomCrop",
+        "Transform",
+        "eval_transform",
+        "joint_transform",
+        "train_transform",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -10,29 +10,334 @@ if TYPE_CHECKING:
     from .attention import class_attention, pointing, pointing_table
     from .audit import FOUR, MEASURES, contrast, flat, movement, slope
     from .cells import CellFile, Contender, claim_rows, first_seeds, needed_cells, run_cells
-    from .claims import CLAIMS, Claim, Comparison, EXAMPLE_CLAIMS, NegativeControl, PositiveControl, Primary, Protocol, Record, Seeds, Text, claims_table, read_claims, read_seeds
-    from .classification import accuracy, calibration_bins, calibration_error, check_predictions, confusion_matrix, evaluate, evaluate_classes, fit_temperature, macro_f1, per_class, polarity_accuracy, scores, vote_divergence, wheel_distance, with_temperature
+    from .claims import (
+        CLAIMS,
+        Claim,
+        Comparison,
+        EXAMPLE_CLAIMS,
+        NegativeControl,
+        PositiveControl,
+        Primary,
+        Protocol,
+        Record,
+        Seeds,
+        Text,
+        claims_table,
+        read_claims,
+        read_seeds,
+    )
+    from .classification import (
+        accuracy,
+        calibration_bins,
+        calibration_error,
+        check_predictions,
+        confusion_matrix,
+        evaluate,
+        evaluate_classes,
+        fit_temperature,
+        macro_f1,
+        per_class,
+        polarity_accuracy,
+        scores,
+        vote_divergence,
+        wheel_distance,
+        with_temperature,
+    )
     from .content import kept_content, psnr, ssim
     from .curves import plot_curves
     from .evidence import Evidence, EvidenceReader, open_image
-    from .facility import CHOSEN, FacilityLocation, GROUP_FULL, OPEN, TOO_NEAR, facility_location, facility_value
+    from .facility import (
+        CHOSEN,
+        FacilityLocation,
+        GROUP_FULL,
+        OPEN,
+        TOO_NEAR,
+        facility_location,
+        facility_value,
+    )
     from .factors import low_rank
-    from .generation import HIGHER_IS_BETTER, MetricSettings, Networks, clip_similarity, draw_pairs, evaluate_generation, fid, kid, perceptual_diversity, semantic_clarity, semantic_diversity
-    from .intervals import Interval, as_array, bootstrap, difference, differences, mean_interval, proportion, shifted_bootstrap
+    from .generation import (
+        HIGHER_IS_BETTER,
+        MetricSettings,
+        Networks,
+        clip_similarity,
+        draw_pairs,
+        evaluate_generation,
+        fid,
+        kid,
+        perceptual_diversity,
+        semantic_clarity,
+        semantic_diversity,
+    )
+    from .intervals import (
+        Interval,
+        as_array,
+        bootstrap,
+        difference,
+        differences,
+        mean_interval,
+        proportion,
+        shifted_bootstrap,
+    )
     from .moments import add_rows, merge_moments, moments
-    from .name_rules import NamedTable, PairTable, additive_logits, cosine_shares, true_shares, zero_shot_shares
+    from .name_rules import (
+        NamedTable,
+        PairTable,
+        additive_logits,
+        cosine_shares,
+        true_shares,
+        zero_shot_shares,
+    )
     from .neighbours import Balls, check_features, coverage_scores, nearest, precision_recall, unit
-    from .networks import CLIPFeatures, LPIPS, Method, PRETRAINED, alexnet_layers, apply_network, as_images, evaluating, from_torchmetrics, inception, lpips_alex
+    from .networks import (
+        CLIPFeatures,
+        LPIPS,
+        Method,
+        PRETRAINED,
+        alexnet_layers,
+        apply_network,
+        as_images,
+        evaluating,
+        from_torchmetrics,
+        inception,
+        lpips_alex,
+    )
     from .novelty import NOVELTY, Novelty, add_novelty, fit_novelty, output_features
-    from .occlusion import DRAWN, FILLS, Hiding, filling, hidden, log_odds, lost, occlusion_maps, plot_occlusion, quarter_losses, quarters, read_parts, windows
+    from .occlusion import (
+        DRAWN,
+        FILLS,
+        Hiding,
+        filling,
+        hidden,
+        log_odds,
+        lost,
+        occlusion_maps,
+        plot_occlusion,
+        quarter_losses,
+        quarters,
+        read_parts,
+        windows,
+    )
     from .pictures import fitted, grid, overlay, plot_attention
-    from .plots import heat_map, plot_classes, plot_coefficients, plot_confusion, plot_differences, plot_intervals, plot_reliability
+    from .plots import (
+        heat_map,
+        plot_classes,
+        plot_coefficients,
+        plot_confusion,
+        plot_differences,
+        plot_intervals,
+        plot_reliability,
+    )
     from .predicted import predicted_rows
     from .prior import NameCounts, NamePrior
     from .published import METRICS, PUBLISHED, beside_published, published_networks
-    from .theme import DASHES, HATCHES, MARKERS, PALETTE, SETTINGS, new_axes, set_figure_finding, set_finding, theme, themed
-    from .thresholds import FilterThresholds, SAME_IMAGE, attribute_margin, check_evidence, fit_thresholds, own_confidence
-    from .verdicts import COLOURS, COLUMNS, FAILED, Finding, MISSING, NONE, PASSED, VERDICTS, beside_verdicts, decide, detectable, holm, judge_claims, paired_p, plot_verdicts
+    from .theme import (
+        DASHES,
+        HATCHES,
+        MARKERS,
+        PALETTE,
+        SETTINGS,
+        new_axes,
+        set_figure_finding,
+        set_finding,
+        theme,
+        themed,
+    )
+    from .thresholds import (
+        FilterThresholds,
+        SAME_IMAGE,
+        attribute_margin,
+        check_evidence,
+        fit_thresholds,
+        own_confidence,
+    )
+    from .verdicts import (
+        COLOURS,
+        COLUMNS,
+        FAILED,
+        Finding,
+        MISSING,
+        NONE,
+        PASSED,
+        VERDICTS,
+        beside_verdicts,
+        decide,
+        detectable,
+        holm,
+        judge_claims,
+        paired_p,
+        plot_verdicts,
+    )
 
-_rooms = {'affect': ['affect_scores', 'colour_histogram', 'concordance', 'held_out_predictions'], 'attention': ['class_attention', 'pointing', 'pointing_table'], 'audit': ['FOUR', 'MEASURES', 'contrast', 'flat', 'movement', 'slope'], 'cells': ['CellFile', 'Contender', 'claim_rows', 'first_seeds', 'needed_cells', 'run_cells'], 'claims': ['CLAIMS', 'Claim', 'Comparison', 'EXAMPLE_CLAIMS', 'NegativeControl', 'PositiveControl', 'Primary', 'Protocol', 'Record', 'Seeds', 'Text', 'claims_table', 'read_claims', 'read_seeds'], 'classification': ['accuracy', 'calibration_bins', 'calibration_error', 'check_predictions', 'confusion_matrix', 'evaluate', 'evaluate_classes', 'fit_temperature', 'macro_f1', 'per_class', 'polarity_accuracy', 'scores', 'vote_divergence', 'wheel_distance', 'with_temperature'], 'content': ['kept_content', 'psnr', 'ssim'], 'curves': ['plot_curves'], 'evidence': ['Evidence', 'EvidenceReader', 'open_image'], 'facility': ['CHOSEN', 'FacilityLocation', 'GROUP_FULL', 'OPEN', 'TOO_NEAR', 'facility_location', 'facility_value'], 'factors': ['low_rank'], 'generation': ['HIGHER_IS_BETTER', 'MetricSettings', 'Networks', 'clip_similarity', 'draw_pairs', 'evaluate_generation', 'fid', 'kid', 'perceptual_diversity', 'semantic_clarity', 'semantic_diversity'], 'intervals': ['Interval', 'as_array', 'bootstrap', 'difference', 'differences', 'mean_interval', 'proportion', 'shifted_bootstrap'], 'moments': ['add_rows', 'merge_moments', 'moments'], 'name_rules': ['NamedTable', 'PairTable', 'additive_logits', 'cosine_shares', 'true_shares', 'zero_shot_shares'], 'neighbours': ['Balls', 'check_features', 'coverage_scores', 'nearest', 'precision_recall', 'unit'], 'networks': ['CLIPFeatures', 'LPIPS', 'Method', 'PRETRAINED', 'alexnet_layers', 'apply_network', 'as_images', 'evaluating', 'from_torchmetrics', 'inception', 'lpips_alex'], 'novelty': ['NOVELTY', 'Novelty', 'add_novelty', 'fit_novelty', 'output_features'], 'occlusion': ['DRAWN', 'FILLS', 'Hiding', 'filling', 'hidden', 'log_odds', 'lost', 'occlusion_maps', 'plot_occlusion', 'quarter_losses', 'quarters', 'read_parts', 'windows'], 'pictures': ['fitted', 'grid', 'overlay', 'plot_attention'], 'plots': ['heat_map', 'plot_classes', 'plot_coefficients', 'plot_confusion', 'plot_differences', 'plot_intervals', 'plot_reliability'], 'predicted': ['predicted_rows'], 'prior': ['NameCounts', 'NamePrior'], 'published': ['METRICS', 'PUBLISHED', 'beside_published', 'published_networks'], 'theme': ['DASHES', 'HATCHES', 'MARKERS', 'PALETTE', 'SETTINGS', 'new_axes', 'set_figure_finding', 'set_finding', 'theme', 'themed'], 'thresholds': ['FilterThresholds', 'SAME_IMAGE', 'attribute_margin', 'check_evidence', 'fit_thresholds', 'own_confidence'], 'verdicts': ['COLOURS', 'COLUMNS', 'FAILED', 'Finding', 'MISSING', 'NONE', 'PASSED', 'VERDICTS', 'beside_verdicts', 'decide', 'detectable', 'holm', 'judge_claims', 'paired_p', 'plot_verdicts']}
+_rooms = {
+    "affect": ["affect_scores", "colour_histogram", "concordance", "held_out_predictions"],
+    "attention": ["class_attention", "pointing", "pointing_table"],
+    "audit": ["FOUR", "MEASURES", "contrast", "flat", "movement", "slope"],
+    "cells": ["CellFile", "Contender", "claim_rows", "first_seeds", "needed_cells", "run_cells"],
+    "claims": [
+        "CLAIMS",
+        "Claim",
+        "Comparison",
+        "EXAMPLE_CLAIMS",
+        "NegativeControl",
+        "PositiveControl",
+        "Primary",
+        "Protocol",
+        "Record",
+        "Seeds",
+        "Text",
+        "claims_table",
+        "read_claims",
+        "read_seeds",
+    ],
+    "classification": [
+        "accuracy",
+        "calibration_bins",
+        "calibration_error",
+        "check_predictions",
+        "confusion_matrix",
+        "evaluate",
+        "evaluate_classes",
+        "fit_temperature",
+        "macro_f1",
+        "per_class",
+        "polarity_accuracy",
+        "scores",
+        "vote_divergence",
+        "wheel_distance",
+        "with_temperature",
+    ],
+    "content": ["kept_content", "psnr", "ssim"],
+    "curves": ["plot_curves"],
+    "evidence": ["Evidence", "EvidenceReader", "open_image"],
+    "facility": [
+        "CHOSEN",
+        "FacilityLocation",
+        "GROUP_FULL",
+        "OPEN",
+        "TOO_NEAR",
+        "facility_location",
+        "facility_value",
+    ],
+    "factors": ["low_rank"],
+    "generation": [
+        "HIGHER_IS_BETTER",
+        "MetricSettings",
+        "Networks",
+        "clip_similarity",
+        "draw_pairs",
+        "evaluate_generation",
+        "fid",
+        "kid",
+        "perceptual_diversity",
+        "semantic_clarity",
+        "semantic_diversity",
+    ],
+    "intervals": [
+        "Interval",
+        "as_array",
+        "bootstrap",
+        "difference",
+        "differences",
+        "mean_interval",
+        "proportion",
+        "shifted_bootstrap",
+    ],
+    "moments": ["add_rows", "merge_moments", "moments"],
+    "name_rules": [
+        "NamedTable",
+        "PairTable",
+        "additive_logits",
+        "cosine_shares",
+        "true_shares",
+        "zero_shot_shares",
+    ],
+    "neighbours": [
+        "Balls",
+        "check_features",
+        "coverage_scores",
+        "nearest",
+        "precision_recall",
+        "unit",
+    ],
+    "networks": [
+        "CLIPFeatures",
+        "LPIPS",
+        "Method",
+        "PRETRAINED",
+        "alexnet_layers",
+        "apply_network",
+        "as_images",
+        "evaluating",
+        "from_torchmetrics",
+        "inception",
+        "lpips_alex",
+    ],
+    "novelty": ["NOVELTY", "Novelty", "add_novelty", "fit_novelty", "output_features"],
+    "occlusion": [
+        "DRAWN",
+        "FILLS",
+        "Hiding",
+        "filling",
+        "hidden",
+        "log_odds",
+        "lost",
+        "occlusion_maps",
+        "plot_occlusion",
+        "quarter_losses",
+        "quarters",
+        "read_parts",
+        "windows",
+    ],
+    "pictures": ["fitted", "grid", "overlay", "plot_attention"],
+    "plots": [
+        "heat_map",
+        "plot_classes",
+        "plot_coefficients",
+        "plot_confusion",
+        "plot_differences",
+        "plot_intervals",
+        "plot_reliability",
+    ],
+    "predicted": ["predicted_rows"],
+    "prior": ["NameCounts", "NamePrior"],
+    "published": ["METRICS", "PUBLISHED", "beside_published", "published_networks"],
+    "theme": [
+        "DASHES",
+        "HATCHES",
+        "MARKERS",
+        "PALETTE",
+        "SETTINGS",
+        "new_axes",
+        "set_figure_finding",
+        "set_finding",
+        "theme",
+        "themed",
+    ],
+    "thresholds": [
+        "FilterThresholds",
+        "SAME_IMAGE",
+        "attribute_margin",
+        "check_evidence",
+        "fit_thresholds",
+        "own_confidence",
+    ],
+    "verdicts": [
+        "COLOURS",
+        "COLUMNS",
+        "FAILED",
+        "Finding",
+        "MISSING",
+        "NONE",
+        "PASSED",
+        "VERDICTS",
+        "beside_verdicts",
+        "decide",
+        "detectable",
+        "holm",
+        "judge_claims",
+        "paired_p",
+        "plot_verdicts",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -7,11 +7,98 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .advice import advise_memory, advise_not_finite, is_out_of_memory, split_batch
-    from .batches import MadeData, MemoryData, SampleOrder, balanced, read_batches, seed_all, seed_of
-    from .callbacks import Callback, Checkpoint, Log, MovingAverage, PARTS, SHOWN, Validate, digest, find_checkpoints, newest_checkpoint, read_best
-    from .config import COMPILE_MODES, PRECISIONS, SCHEDULES, Settings, TrainConfig, check_choice, check_positive, check_share, check_weights, settings
+    from .batches import (
+        MadeData,
+        MemoryData,
+        SampleOrder,
+        balanced,
+        read_batches,
+        seed_all,
+        seed_of,
+    )
+    from .callbacks import (
+        Callback,
+        Checkpoint,
+        Log,
+        MovingAverage,
+        PARTS,
+        SHOWN,
+        Validate,
+        digest,
+        find_checkpoints,
+        newest_checkpoint,
+        read_best,
+    )
+    from .config import (
+        COMPILE_MODES,
+        PRECISIONS,
+        SCHEDULES,
+        Settings,
+        TrainConfig,
+        check_choice,
+        check_positive,
+        check_share,
+        check_weights,
+        settings,
+    )
     from .results import StageResult, run_stage
-    from .trainer import MAY_CHANGE, Stage, Trainer, build_accelerator, check_trained, choose_precision, compile_blocks, optimizer_groups
+    from .trainer import (
+        MAY_CHANGE,
+        Stage,
+        Trainer,
+        build_accelerator,
+        check_trained,
+        choose_precision,
+        compile_blocks,
+        optimizer_groups,
+    )
 
-_rooms = {'advice': ['advise_memory', 'advise_not_finite', 'is_out_of_memory', 'split_batch'], 'batches': ['MadeData', 'MemoryData', 'SampleOrder', 'balanced', 'read_batches', 'seed_all', 'seed_of'], 'callbacks': ['Callback', 'Checkpoint', 'Log', 'MovingAverage', 'PARTS', 'SHOWN', 'Validate', 'digest', 'find_checkpoints', 'newest_checkpoint', 'read_best'], 'config': ['COMPILE_MODES', 'PRECISIONS', 'SCHEDULES', 'Settings', 'TrainConfig', 'check_choice', 'check_positive', 'check_share', 'check_weights', 'settings'], 'results': ['StageResult', 'run_stage'], 'trainer': ['MAY_CHANGE', 'Stage', 'Trainer', 'build_accelerator', 'check_trained', 'choose_precision', 'compile_blocks', 'optimizer_groups']}
+_rooms = {
+    "advice": ["advise_memory", "advise_not_finite", "is_out_of_memory", "split_batch"],
+    "batches": [
+        "MadeData",
+        "MemoryData",
+        "SampleOrder",
+        "balanced",
+        "read_batches",
+        "seed_all",
+        "seed_of",
+    ],
+    "callbacks": [
+        "Callback",
+        "Checkpoint",
+        "Log",
+        "MovingAverage",
+        "PARTS",
+        "SHOWN",
+        "Validate",
+        "digest",
+        "find_checkpoints",
+        "newest_checkpoint",
+        "read_best",
+    ],
+    "config": [
+        "COMPILE_MODES",
+        "PRECISIONS",
+        "SCHEDULES",
+        "Settings",
+        "TrainConfig",
+        "check_choice",
+        "check_positive",
+        "check_share",
+        "check_weights",
+        "settings",
+    ],
+    "results": ["StageResult", "run_stage"],
+    "trainer": [
+        "MAY_CHANGE",
+        "Stage",
+        "Trainer",
+        "build_accelerator",
+        "check_trained",
+        "choose_precision",
+        "compile_blocks",
+        "optimizer_groups",
+    ],
+}
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -95,7 +95,7 @@ pretrain: env ## train the mini world's foundation models anew (about 5 hours on
 	uniemo run pretrain_diffusion -p vae_folder $(NEWEST_AUTOENCODER)
 	# the second world's begins as the first's
 	uniemo run pretrain_autoencoder -p world 2.0 -p start mini -p latent_channels 8 -p perceptual true
-	uniemo run pretrain_diffusion -p world 2.0 -p vae_folder $(NEWEST_AUTOENCODER) -p mirror true -p denoiser transformer
+	uniemo run pretrain_diffusion -p world 2.0 -p vae_folder $(NEWEST_AUTOENCODER) -p mirror true
 	uniemo run pretrain_judge
 
 dist: env ## wheel and sdist, in dist

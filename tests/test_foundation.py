@@ -109,7 +109,7 @@ def test_manifest_names_every_file_and_all_is_small():
     shipped = sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file())
     assert shipped < 45e6
     second = {name for name, entry in manifest.items() if entry["world"] == INTERACTION_VERSION}
-    assert second == {"clip_middle", "clip_strong"}
+    assert second == {"clip_middle", "clip_strong", "diffusion_strong"}
     first = [entry["world"] for name, entry in manifest.items() if name not in second]
     assert set(first) == {WORLD_VERSION}
 

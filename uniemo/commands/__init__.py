@@ -11,10 +11,14 @@ if TYPE_CHECKING:
         LEAST,
         all_names,
         annotate,
+        annotated_notes,
         calibrate,
+        claims_of,
         fit_threshold,
         judge_claims,
+        open_reader,
         read_names,
+        true_names,
         wilson_lower,
     )
     from .audit import (
@@ -27,7 +31,17 @@ if TYPE_CHECKING:
         print_tables,
     )
     from .claims import decide_claims, verdicts_of
-    from .convert import READERS, convert_files, from_emogen
+    from .convert import (
+        AUTHORS_FILES,
+        EMOGEN_FILES,
+        READERS,
+        convert_files,
+        from_emogen,
+        kind_of,
+        mapper_files,
+        open_encoder,
+        statistics_of,
+    )
     from .doctor import (
         CHECKS,
         check_data,
@@ -39,8 +53,8 @@ if TYPE_CHECKING:
         is_fault,
         requirements,
     )
-    from .photos import find_photos, understand
-    from .pictures import Steps, edit, generate, read_mixture
+    from .photos import find_photos, understand, understand_photos
+    from .pictures import Steps, edit, generate, read_mixture, read_wish
     from .terminal import (
         Device,
         Model,
@@ -63,10 +77,14 @@ _rooms = {
         "LEAST",
         "all_names",
         "annotate",
+        "annotated_notes",
         "calibrate",
+        "claims_of",
         "fit_threshold",
         "judge_claims",
+        "open_reader",
         "read_names",
+        "true_names",
         "wilson_lower",
     ],
     "audit": [
@@ -79,7 +97,17 @@ _rooms = {
         "print_tables",
     ],
     "claims": ["decide_claims", "verdicts_of"],
-    "convert": ["READERS", "convert_files", "from_emogen"],
+    "convert": [
+        "AUTHORS_FILES",
+        "EMOGEN_FILES",
+        "READERS",
+        "convert_files",
+        "from_emogen",
+        "kind_of",
+        "mapper_files",
+        "open_encoder",
+        "statistics_of",
+    ],
     "doctor": [
         "CHECKS",
         "check_data",
@@ -91,8 +119,8 @@ _rooms = {
         "is_fault",
         "requirements",
     ],
-    "photos": ["find_photos", "understand"],
-    "pictures": ["Steps", "edit", "generate", "read_mixture"],
+    "photos": ["find_photos", "understand", "understand_photos"],
+    "pictures": ["Steps", "edit", "generate", "read_mixture", "read_wish"],
     "terminal": [
         "Device",
         "Model",

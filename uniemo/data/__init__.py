@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from .batches import check_tensors, make_loader
     from .boxes import box_mask, boxes_in_cell
     from .cells import (
+        UNKNOWN_NUMBERS,
         class_names,
         column_called,
         image_bytes,
         label_numbers,
         names_in_cell,
+        numbers_in,
         path_in_cell,
         read_frame,
         rename_folded,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .resampling import random_choice, redraw
     from .sets import EmotionData, examine_all, warn_of_likeness
     from .shares import (
+        BatchShare,
         draw_rows,
         drop_rows,
         is_first,
@@ -92,11 +95,13 @@ _rooms = {
     "batches": ["check_tensors", "make_loader"],
     "boxes": ["box_mask", "boxes_in_cell"],
     "cells": [
+        "UNKNOWN_NUMBERS",
         "class_names",
         "column_called",
         "image_bytes",
         "label_numbers",
         "names_in_cell",
+        "numbers_in",
         "path_in_cell",
         "read_frame",
         "rename_folded",
@@ -144,6 +149,7 @@ _rooms = {
     "resampling": ["random_choice", "redraw"],
     "sets": ["EmotionData", "examine_all", "warn_of_likeness"],
     "shares": [
+        "BatchShare",
         "draw_rows",
         "drop_rows",
         "is_first",

@@ -7,9 +7,16 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .any_family import FamilyPipeline, keep_lora, open_trained, pipeline_class
-    from .denoisers import Denoiser, Noise, as_type, denoiser_of, replaced
+    from .denoisers import Denoiser, Noise, as_type, denoiser_of, is_flow, noise_scheduler, replaced
     from .editing import Edits, ReferenceSpace, check_sizes, keep, read_mask, words_like
-    from .families import PipelinePart, add_lora, build_mapper, save_lora
+    from .families import (
+        CallMemory,
+        PipelinePart,
+        add_lora,
+        build_mapper,
+        checkpointed_layers,
+        save_lora,
+    )
     from .gathering import GrowingSpace, KINDS, SpaceSettings, check_settings, listed
     from .inversion import InversionStage
     from .latents import (
@@ -38,7 +45,16 @@ if TYPE_CHECKING:
         refuse,
         regions,
     )
-    from .refinement import WordRefiner, encoder_pixels, frozen, keep_best, norms, wish_scores
+    from .refinement import (
+        WordRefiner,
+        encoder_pixels,
+        expected_log_probability,
+        frozen,
+        keep_best,
+        norms,
+        step_in_ball,
+        wish_scores,
+    )
     from .seeds import seeded_generators
     from .warm import (
         AnnotatedFeatures,
@@ -55,9 +71,24 @@ if TYPE_CHECKING:
 
 _rooms = {
     "any_family": ["FamilyPipeline", "keep_lora", "open_trained", "pipeline_class"],
-    "denoisers": ["Denoiser", "Noise", "as_type", "denoiser_of", "replaced"],
+    "denoisers": [
+        "Denoiser",
+        "Noise",
+        "as_type",
+        "denoiser_of",
+        "is_flow",
+        "noise_scheduler",
+        "replaced",
+    ],
     "editing": ["Edits", "ReferenceSpace", "check_sizes", "keep", "read_mask", "words_like"],
-    "families": ["PipelinePart", "add_lora", "build_mapper", "save_lora"],
+    "families": [
+        "CallMemory",
+        "PipelinePart",
+        "add_lora",
+        "build_mapper",
+        "checkpointed_layers",
+        "save_lora",
+    ],
     "gathering": ["GrowingSpace", "KINDS", "SpaceSettings", "check_settings", "listed"],
     "inversion": ["InversionStage"],
     "latents": [
@@ -86,7 +117,16 @@ _rooms = {
         "refuse",
         "regions",
     ],
-    "refinement": ["WordRefiner", "encoder_pixels", "frozen", "keep_best", "norms", "wish_scores"],
+    "refinement": [
+        "WordRefiner",
+        "encoder_pixels",
+        "expected_log_probability",
+        "frozen",
+        "keep_best",
+        "norms",
+        "step_in_ball",
+        "wish_scores",
+    ],
     "seeds": ["seeded_generators"],
     "warm": [
         "AnnotatedFeatures",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .controls import layer_controls, sketch_controls
+    from .controls import layer_controls, png_bytes, sketch_controls
     from .media import (
         AUDIO_MODEL,
         DIMENSIONS,
@@ -19,15 +19,31 @@ if TYPE_CHECKING:
         emotion_of_audio,
         emotion_of_text,
         illustrate,
+        meaning_of,
         mixture_from_dimensions,
         mixture_from_labels,
+        read_wav,
     )
     from .page import ABOUT, MINI, SHOWN, build_page, demo, enlarged, serve, wish_of
     from .studio import Reading, Studio, Wish, layer_maps, pack
-    from .webpage import PAINTED, PageSettings, page_of, write_page
+    from .webpage import (
+        JOINING,
+        PAINTED,
+        PageReader,
+        PageSettings,
+        check_linear,
+        clean_row,
+        draw_table,
+        follow_table,
+        page_of,
+        schedule_table,
+        unit_run,
+        word_table,
+        write_page,
+    )
 
 _rooms = {
-    "controls": ["layer_controls", "sketch_controls"],
+    "controls": ["layer_controls", "png_bytes", "sketch_controls"],
     "media": [
         "AUDIO_MODEL",
         "DIMENSIONS",
@@ -40,11 +56,27 @@ _rooms = {
         "emotion_of_audio",
         "emotion_of_text",
         "illustrate",
+        "meaning_of",
         "mixture_from_dimensions",
         "mixture_from_labels",
+        "read_wav",
     ],
     "page": ["ABOUT", "MINI", "SHOWN", "build_page", "demo", "enlarged", "serve", "wish_of"],
     "studio": ["Reading", "Studio", "Wish", "layer_maps", "pack"],
-    "webpage": ["PAINTED", "PageSettings", "page_of", "write_page"],
+    "webpage": [
+        "JOINING",
+        "PAINTED",
+        "PageReader",
+        "PageSettings",
+        "check_linear",
+        "clean_row",
+        "draw_table",
+        "follow_table",
+        "page_of",
+        "schedule_table",
+        "unit_run",
+        "word_table",
+        "write_page",
+    ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

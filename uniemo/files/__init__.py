@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         refuse_missing,
     )
     from .onnx import (
+        NETWORKS,
         OnnxDecoder,
         OnnxDenoiser,
         OnnxEncoder,
@@ -116,6 +117,7 @@ _rooms = {
         "refuse_missing",
     ],
     "onnx": [
+        "NETWORKS",
         "OnnxDecoder",
         "OnnxDenoiser",
         "OnnxEncoder",

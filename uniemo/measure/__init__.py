@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .affect import affect_scores, colour_histogram, concordance, held_out_predictions
+    from .affect import affect_scores, colour_histogram, concordance, fit_head, held_out_predictions
     from .attention import class_attention, pointing, pointing_table
     from .audit import FOUR, MEASURES, contrast, flat, movement, slope
     from .cells import CellFile, Contender, claim_rows, first_seeds, needed_cells, run_cells
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         with_temperature,
     )
     from .content import kept_content, psnr, ssim
-    from .curves import plot_curves
+    from .curves import plot_curves, read_log
     from .evidence import Evidence, EvidenceReader, open_image
     from .facility import (
         CHOSEN,
@@ -101,8 +101,17 @@ if TYPE_CHECKING:
         from_torchmetrics,
         inception,
         lpips_alex,
+        pretrained_file,
     )
-    from .novelty import NOVELTY, Novelty, add_novelty, fit_novelty, output_features
+    from .novelty import (
+        NOVELTY,
+        Novelty,
+        add_novelty,
+        fit_novelty,
+        novelty_features,
+        output_features,
+        whitening,
+    )
     from .occlusion import (
         DRAWN,
         FILLS,
@@ -129,8 +138,8 @@ if TYPE_CHECKING:
         plot_reliability,
     )
     from .predicted import predicted_rows
-    from .prior import NameCounts, NamePrior
-    from .published import METRICS, PUBLISHED, beside_published, published_networks
+    from .prior import NameCounts, NamePrior, log_beyond, log_rows
+    from .published import ClassifierJudge, METRICS, PUBLISHED, beside_published, published_networks
     from .theme import (
         DASHES,
         HATCHES,
@@ -161,16 +170,24 @@ if TYPE_CHECKING:
         PASSED,
         VERDICTS,
         beside_verdicts,
+        control_states,
         decide,
         detectable,
         holm,
         judge_claims,
+        paired_differences,
         paired_p,
         plot_verdicts,
     )
 
 _rooms = {
-    "affect": ["affect_scores", "colour_histogram", "concordance", "held_out_predictions"],
+    "affect": [
+        "affect_scores",
+        "colour_histogram",
+        "concordance",
+        "fit_head",
+        "held_out_predictions",
+    ],
     "attention": ["class_attention", "pointing", "pointing_table"],
     "audit": ["FOUR", "MEASURES", "contrast", "flat", "movement", "slope"],
     "cells": ["CellFile", "Contender", "claim_rows", "first_seeds", "needed_cells", "run_cells"],
@@ -208,7 +225,7 @@ _rooms = {
         "with_temperature",
     ],
     "content": ["kept_content", "psnr", "ssim"],
-    "curves": ["plot_curves"],
+    "curves": ["plot_curves", "read_log"],
     "evidence": ["Evidence", "EvidenceReader", "open_image"],
     "facility": [
         "CHOSEN",
@@ -272,8 +289,17 @@ _rooms = {
         "from_torchmetrics",
         "inception",
         "lpips_alex",
+        "pretrained_file",
     ],
-    "novelty": ["NOVELTY", "Novelty", "add_novelty", "fit_novelty", "output_features"],
+    "novelty": [
+        "NOVELTY",
+        "Novelty",
+        "add_novelty",
+        "fit_novelty",
+        "novelty_features",
+        "output_features",
+        "whitening",
+    ],
     "occlusion": [
         "DRAWN",
         "FILLS",
@@ -300,8 +326,14 @@ _rooms = {
         "plot_reliability",
     ],
     "predicted": ["predicted_rows"],
-    "prior": ["NameCounts", "NamePrior"],
-    "published": ["METRICS", "PUBLISHED", "beside_published", "published_networks"],
+    "prior": ["NameCounts", "NamePrior", "log_beyond", "log_rows"],
+    "published": [
+        "ClassifierJudge",
+        "METRICS",
+        "PUBLISHED",
+        "beside_published",
+        "published_networks",
+    ],
     "theme": [
         "DASHES",
         "HATCHES",
@@ -332,10 +364,12 @@ _rooms = {
         "PASSED",
         "VERDICTS",
         "beside_verdicts",
+        "control_states",
         "decide",
         "detectable",
         "holm",
         "judge_claims",
+        "paired_differences",
         "paired_p",
         "plot_verdicts",
     ],

@@ -18,9 +18,22 @@ if TYPE_CHECKING:
         random_batch,
         train_step,
     )
-    from .execution import RunFailed, Terminated, Watch, hold, resume, start, terminable, where
+    from .execution import (
+        RunFailed,
+        Terminated,
+        Watch,
+        hold,
+        resume,
+        start,
+        terminable,
+        time_left,
+        where,
+        without_module,
+    )
     from .folders import LOCK, Run, environment, new_run, now, read_json, runs_folder, write_json
     from .forecast import (
+        BANDWIDTH,
+        DEVICES,
         Peak,
         StepClock,
         Work,
@@ -30,8 +43,8 @@ if TYPE_CHECKING:
         watch_memory,
     )
     from .grids import Grid, cell_name, read_grid, read_values
-    from .jobs import FullRun, Jobs, in_processes, main
-    from .keys import Module, TABLES, fingerprint, reached, source_hash
+    from .jobs import FullRun, JOBS, Jobs, in_processes, main
+    from .keys import Module, TABLES, fingerprint, reached, read_module, source_hash
     from .larger import (
         LARGER,
         WeightlessStage,
@@ -42,10 +55,12 @@ if TYPE_CHECKING:
         paint_weightless,
     )
     from .parameters import (
+        HOLDS,
         KINDS,
         PACKAGE,
         Parameter,
         at_least,
+        check_limits,
         check_parameters,
         coerce,
         describe,
@@ -68,11 +83,12 @@ if TYPE_CHECKING:
         build_parts,
         build_retriever,
         default_type,
+        random_encoder,
         read_config,
         stand_in_tokenizer,
     )
     from .processes import accelerate_config, launch, launch_command
-    from .store import PATHS, Store
+    from .store import OWN_FILES, PATHS, Store, check_stage
     from .sweeps import (
         CELL,
         Engine,
@@ -97,7 +113,7 @@ if TYPE_CHECKING:
         published,
         show_metrics,
     )
-    from .threads import describe_threads, thread_settings, usable_cores, use_threads
+    from .threads import cgroup_quota, describe_threads, thread_settings, usable_cores, use_threads
 
 _rooms = {
     "estimate": [
@@ -120,7 +136,9 @@ _rooms = {
         "resume",
         "start",
         "terminable",
+        "time_left",
         "where",
+        "without_module",
     ],
     "folders": [
         "LOCK",
@@ -133,6 +151,8 @@ _rooms = {
         "write_json",
     ],
     "forecast": [
+        "BANDWIDTH",
+        "DEVICES",
         "Peak",
         "StepClock",
         "Work",
@@ -142,8 +162,8 @@ _rooms = {
         "watch_memory",
     ],
     "grids": ["Grid", "cell_name", "read_grid", "read_values"],
-    "jobs": ["FullRun", "Jobs", "in_processes", "main"],
-    "keys": ["Module", "TABLES", "fingerprint", "reached", "source_hash"],
+    "jobs": ["FullRun", "JOBS", "Jobs", "in_processes", "main"],
+    "keys": ["Module", "TABLES", "fingerprint", "reached", "read_module", "source_hash"],
     "larger": [
         "LARGER",
         "WeightlessStage",
@@ -154,10 +174,12 @@ _rooms = {
         "paint_weightless",
     ],
     "parameters": [
+        "HOLDS",
         "KINDS",
         "PACKAGE",
         "Parameter",
         "at_least",
+        "check_limits",
         "check_parameters",
         "coerce",
         "describe",
@@ -180,11 +202,12 @@ _rooms = {
         "build_parts",
         "build_retriever",
         "default_type",
+        "random_encoder",
         "read_config",
         "stand_in_tokenizer",
     ],
     "processes": ["accelerate_config", "launch", "launch_command"],
-    "store": ["PATHS", "Store"],
+    "store": ["OWN_FILES", "PATHS", "Store", "check_stage"],
     "sweeps": [
         "CELL",
         "Engine",
@@ -209,6 +232,12 @@ _rooms = {
         "published",
         "show_metrics",
     ],
-    "threads": ["describe_threads", "thread_settings", "usable_cores", "use_threads"],
+    "threads": [
+        "cgroup_quota",
+        "describe_threads",
+        "thread_settings",
+        "usable_cores",
+        "use_threads",
+    ],
 }
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=_rooms)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Validate,
         digest,
         find_checkpoints,
+        is_whole,
         newest_checkpoint,
         read_best,
     )
@@ -74,6 +75,7 @@ _rooms = {
         "Validate",
         "digest",
         "find_checkpoints",
+        "is_whole",
         "newest_checkpoint",
         "read_best",
     ],

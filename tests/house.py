@@ -252,6 +252,11 @@ def write_readme():
 MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 FOREIGN_STYLE = re.compile(r"@import\s+url\([\"']?(?:https?:)?//[^)]*\);")
 SIGNS = str.maketrans("<>", "\ue000\ue001")
+COLUMNS = r"\s*".join(f"<th[^>]*>{name}</th>" for name in ("Name", "Type", "Default", "Meaning"))
+# a table of parameters, told from others by its columns
+PARAMETERS = re.compile(
+    rf'<div class="sd-table">(?=\s*<table[^>]*>\s*<thead>\s*<tr[^>]*>\s*{COLUMNS})'
+)
 KATEX = re.compile(r"<(?:link|script)[^>]*katex[^>]*>(?:</script>)?\s*")
 
 
@@ -393,7 +398,9 @@ def docs():
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(proc / "_docs", site)
     for p in site.rglob("*.html"):
-        p.write_text(mathml(p.read_text(encoding="utf-8")), encoding="utf-8")
+        page = mathml(p.read_text(encoding="utf-8"))
+        page = PARAMETERS.sub('<div class="sd-table parameters">', page)
+        p.write_text(page, encoding="utf-8")
     local_links(site, cfg)
     add_play(site)
     write_llms(site, cfg)

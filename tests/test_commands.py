@@ -1,8 +1,10 @@
 "The everyday commands: as a process once, the rest through typer's runner."
 
 import importlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -284,3 +286,27 @@ def test_doctor_finds_what_is_damaged(monkeypatch, capsys):
 def test_pairs_are_joined_as_typed():
     assert join_pairs(["run", "x", "-p", "a", "-1", "-q"]) == ["run", "x", "-p", "a=-1", "-q"]
     assert join_pairs(["-p", "a=b", "-p", "c"]) == ["-p", "a=b", "-p", "c"]
+
+
+class Terminal(io.StringIO):
+    "What is written to it, as if a person looked on."
+
+    def isatty(self):
+        return True
+
+
+def test_a_table_on_a_narrow_terminal_keeps_every_word(monkeypatch):
+    "Its widest column goes on in the next line; in a pipe a row is one line."
+    from uniemo.commands.terminal import print_table
+
+    remedy = "hf download openai/clip-vit-large-patch14"
+    row, heads = ["photographs/beach.jpg", "contentment", remedy], ["path", "emotion", "remedy"]
+    narrow, pipe = Terminal(), io.StringIO()
+    monkeypatch.setenv("COLUMNS", "40")
+    for place in (narrow, pipe):
+        monkeypatch.setattr(sys, "stdout", place)
+        print_table([row], heads)
+    said = re.sub(r"\x1b\[\d*m", "", narrow.getvalue())
+    assert max(map(len, said.splitlines())) <= 40 and "…" not in said
+    assert all(word in said for word in ("contentment", "hf download"))
+    assert [cell.strip() for cell in pipe.getvalue().splitlines()[1].split("  ") if cell] == row

@@ -27,8 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.shares import draw_rows
 from .denoisers import Noise, as_type, denoiser_of, replaced
-from .painting import regions
 from .noise import DenoisingPart, half_copy, own_type
+from .painting import regions
 from ..files.weights import quiet
 from ..fusion import PseudoWordMapper, compute_device, tower_words
 from ..towers import PromptWords, text_towers

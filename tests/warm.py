@@ -13,7 +13,8 @@ import time
 PRELOADED = ["uniemo.mini.stages", "uniemo.mini.regimes", "uniemo.pipeline", "uniemo.joint"]
 PRELOADED += ["uniemo.mini.splits", "uniemo.measure.theme", "ipykernel.kernelapp", "seaborn"]
 
-# steps of a warm start in these kernels: the mini preset's 600 are most of a tiny training
+# steps of a warm start in these kernels: the mini preset's 600 are most of a tiny training;
+# its batches are small there too
 WARM_START = "UNIEMO_TESTS_WARM_START"
 
 processes = multiprocessing.get_context("forkserver")
@@ -29,6 +30,7 @@ def run_kernel(arguments, env, cwd):
 
     from uniemo.joint import JointConfig
     from uniemo.measure.theme import SETTINGS
+    from uniemo.understanding import UnderstandingConfig
 
     os.environ.clear()
     os.environ.update(env)
@@ -43,7 +45,8 @@ def run_kernel(arguments, env, cwd):
     # the place of the hub's cache is read when its library is imported
     constants.HF_HUB_CACHE = env.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
     if WARM_START in env:
-        JointConfig.presets["mini"]["warm_start"] = int(env[WARM_START])
+        JointConfig.presets["mini"] |= dict(warm_start=int(env[WARM_START]), batch_size=8)
+        UnderstandingConfig.presets["mini"]["batch_size"] = 16
     sys.argv = ["ipykernel_launcher", *arguments]
     IPKernelApp.launch_instance()
 

@@ -64,7 +64,7 @@ def placeholder_pattern(placeholder: str) -> re.Pattern:
     return re.compile(re.escape(placeholder[:-1]) + r"(?::[^<>:]+)?>")
 
 
-def cut_at_placeholders(prompt, placeholder):
+def cut_at_placeholders(prompt: str, placeholder: str):
     "A prompt as [text, placeholder, text, ...], odd length."
     parts, end = [], 0
     for match in placeholder_pattern(placeholder).finditer(prompt):
@@ -98,7 +98,7 @@ def split_prompt(
 
 
 # %% ../nbs/08_conditioning.ipynb #db04e3d6
-def what_is_known(placeholder, known):
+def what_is_known(placeholder: str, known):
     "The remedy for an unknown placeholder."
     if known:
         return f"there are words for {', '.join(known)}"
@@ -170,7 +170,7 @@ def tokenize_prompts(
 
     # a batch often has one prompt many times
     @cache
-    def read(prompt):
+    def read(prompt: str):
         parts = split_prompt(prompt, placeholder, known, tokenizer)
         row, found = prompt_ids(parts, tokenizer, length, sizes)
         if known and not found:

@@ -79,12 +79,12 @@ def _rows_of(folder, names):
 
 # %% ../nbs/13_feedback.ipynb #4c380abe
 def generate_candidates(
-    pipeline: UniEmoPipeline,
+    pipeline: UniEmoPipeline,  # with a space to draw from
     folder: str | Path,  # of PNG files and `table.csv`
-    num_per_emotion: int = 40,
+    num_per_emotion: int = 40,  # images
     seed: int = 0,  # image i of a seed is the same in every batch
     prompt: str = "<emotion>",  # any text with this word
-    batch_size: int = 16,
+    batch_size: int = 16,  # images that are painted together; changes none of them
     run=None,  # a `Run` that is told of finished emotions
     **sampling,  # to `pipeline.generate`: `num_inference_steps`, `guidance_scale`, ...
 ) -> pd.DataFrame:

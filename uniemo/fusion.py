@@ -103,7 +103,14 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         "From a folder or a hub id; weights that are incomplete or not finite are refused by name."
         return load_pretrained(super().from_pretrained, name, **kwargs)
 
-    def parts(self, c, s=None, o=None, alpha_scene=None, alpha_object=None) -> dict:
+    def parts(
+        self,
+        c: torch.Tensor,
+        s: torch.Tensor | None = None,
+        o: torch.Tensor | None = None,
+        alpha_scene: torch.Tensor | None = None,
+        alpha_object: torch.Tensor | None = None,
+    ) -> dict:
         "The summands of w, each [B, token_size]: class, scene, object (those that are used)."
         self.check_inputs(c, dict(scene=s, object=o), dict(scene=alpha_scene, object=alpha_object))
         parts = {"class": self.mapper(c)}
@@ -113,12 +120,26 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
             parts["object"] = self.weighted(self.mapper_object(o), alpha_object)
         return parts
 
-    def all_words(self, c, s=None, o=None, alpha_scene=None, alpha_object=None) -> list:
+    def all_words(
+        self,
+        c: torch.Tensor,
+        s: torch.Tensor | None = None,
+        o: torch.Tensor | None = None,
+        alpha_scene: torch.Tensor | None = None,
+        alpha_object: torch.Tensor | None = None,
+    ) -> list:
         "As `forward`, for every text tower: a list of [B, width] or [B, k, width], None without."
         towers = self.all_parts(c, s, o, alpha_scene, alpha_object)
         return [self.joined(list(parts.values())) if parts else None for parts in towers]
 
-    def all_parts(self, c, s=None, o=None, alpha_scene=None, alpha_object=None) -> list:
+    def all_parts(
+        self,
+        c: torch.Tensor,
+        s: torch.Tensor | None = None,
+        o: torch.Tensor | None = None,
+        alpha_scene: torch.Tensor | None = None,
+        alpha_object: torch.Tensor | None = None,
+    ) -> list:
         "As `parts`, for every text tower; {} without."
         features = {"class": c, "scene": s, "object": o}
         alphas = {"class": None, "scene": alpha_scene, "object": alpha_object}
@@ -156,7 +177,7 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         parts = list(self.parts(c, s, o, alpha_scene, alpha_object).values())
         return self.joined(parts)
 
-    def check_inputs(self, c, features, alphas):
+    def check_inputs(self, c: torch.Tensor, features, alphas):
         "A `ValueError` where a feature is missing or a shape is wrong."
         check_feature("class", c, ["B", self.config.hidden_size])
         for kind, feature in features.items():
@@ -176,7 +197,7 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
 
 
 # %% ../nbs/07_fusion.ipynb #41abe51b
-def check_feature(kind, feature, shape):
+def check_feature(kind: str, feature, shape):
     "A `ValueError` unless `feature` has this `shape` ('B': any size)."
     wanted = [feature.shape[0] if size == "B" else size for size in shape]
     if list(feature.shape) != wanted:
@@ -196,7 +217,7 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 # %% ../nbs/07_fusion.ipynb #91f188d1
-def retrieval_query(encoder, mapper, retriever, kind, feature):
+def retrieval_query(encoder, mapper, retriever, kind: str, feature):
     "What the retriever is asked with [B, d_text] for a `kind`; None: it has no such names."
     mapped = retriever.config.retrieval == "mapped"
     owner, name = (mapper, f"mapper_{kind}") if mapped else (encoder, f"{kind}_projection")
@@ -228,13 +249,21 @@ def pseudo_words(
     return mapper(c, s, o, found.alpha_scene, found.alpha_object), found
 
 
-def tower_words(encoder, mapper, retriever, c, s, o, emotion) -> tuple:
+def tower_words(
+    encoder,
+    mapper,
+    retriever,
+    c: torch.Tensor,
+    s: torch.Tensor | None,
+    o: torch.Tensor | None,
+    emotion,
+) -> tuple:
     "As `pseudo_words`, but a list with the words of every text tower."
     found = retrieve(encoder, mapper, retriever, s, o, emotion)
     return mapper.all_words(c, s, o, found.alpha_scene, found.alpha_object), found
 
 
-def retrieve(encoder, mapper, retriever, s, o, emotion):
+def retrieve(encoder, mapper, retriever, s: torch.Tensor | None, o: torch.Tensor | None, emotion):
     "What the retriever finds for scene and object features [B, d] of an emotion."
     ask_scene = retrieval_query(encoder, mapper, retriever, "scene", s)
     ask_object = retrieval_query(encoder, mapper, retriever, "object", o)

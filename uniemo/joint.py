@@ -205,7 +205,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         "Text states [1, tokens, d] of no words."
         return encode_prompts(self.text_encoder, self.tokenizer, "")
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None):
         # 1. encode, retrieve, fuse
         out = self.model(batch["pixel_values"])
         target = batch.get("votes", batch["label"])
@@ -242,7 +242,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         timesteps = self.draw_timesteps(latents)
         return diffusion_loss(*self.denoise(latents, self.prompt_embeds(words), noise, timesteps))
 
-    def predict(self, batch):
+    def predict(self, batch: dict):
         "As stage 1; where the batch has an image for the U-Net, also what it says."
         out = self.model(batch["pixel_values"])
         found = self.predictions(out, batch)
@@ -253,7 +253,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         logits = word_logits(self.model.head, self.joined(words), self.bridge)
         return dict(found, loss_diff=errors, word_logits=logits)
 
-    def evaluate(self, predictions):
+    def evaluate(self, predictions: dict):
         metrics = UnderstandingStage.evaluate(self, predictions)
         if "loss_diff" in predictions:
             right = predictions["word_logits"].argmax(1) == predictions["label"]

@@ -175,7 +175,7 @@ class Reader(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return read
 
-    def name_attributes(self, read, kind, outs):
+    def name_attributes(self, read, kind: str, outs):
         "Each image's nearest name of a `kind`, and its similarity, into `read`."
         names = self.retriever.config[f"{kind}_names"]
         if not names:
@@ -389,7 +389,7 @@ class Wishes(Reader, Painter):
     "What looks at a wish before anything is computed."
 
     def check_inputs(
-        self, emotion, num_images, prompt, seed, reference, point, sampling: Sampling
+        self, emotion, num_images, prompt: str, seed, reference, point, sampling: Sampling
     ) -> dict:
         "One clear error for whatever cannot be done; {placeholder: emotion, mixture or None}."
         check_count("num_images", num_images)

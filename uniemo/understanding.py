@@ -280,7 +280,7 @@ class UnderstandingStage(Stage):
             objects = batch["objects"]
         return scene, objects
 
-    def counts(self, batch):
+    def counts(self, batch: dict):
         if self.config.targets == "identity":
             return None
         one = batch["label"].new_ones(())
@@ -293,11 +293,11 @@ class UnderstandingStage(Stage):
         "Valence and arousal of a batch, float32 [B, 2], NaN where an image has none."
         return torch.stack([batch[name] for name in self.model.config.affect_names], 1).float()
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None):
         out = self.model(batch["pixel_values"])
         return dict(self.understanding(out, batch, counts), accuracy=_accuracy(out.logits, batch))
 
-    def understanding(self, out, batch: dict, counts=None) -> dict:
+    def understanding(self, out, batch: dict, counts: torch.Tensor | None = None) -> dict:
         "L_U and its parts, of the model's output for `batch`."
         texts = (self.scene_text, self.object_text)
         pairs = [self._pair(n, text) for n, text in zip(self.names(batch), texts)]
@@ -337,7 +337,7 @@ class UnderstandingStage(Stage):
         last = names.shape[1] - 1 - names.flip(1).to(torch.uint8).argmax(1)
         return names.sum(1) > 0, text[last]
 
-    def predict(self, batch):
+    def predict(self, batch: dict):
         return self.predictions(self.model(batch["pixel_values"]), batch)
 
     def predictions(self, out, batch: dict) -> dict:
@@ -359,7 +359,7 @@ class UnderstandingStage(Stage):
         right = names.float().gather(1, nearest[:, None])[:, 0]
         return right.masked_fill(names.sum(1) == 0, torch.nan)
 
-    def evaluate(self, predictions):
+    def evaluate(self, predictions: dict):
         logits, label = predictions["logits"], predictions["label"]
         loss = classification_loss(logits, predictions.get("votes", label))
         metrics = dict(

@@ -46,15 +46,15 @@ class InversionStage(DenoisingPart, Stage):
         words = self.words[labels]
         return encode_prompts(self.text_encoder, self.tokenizer, self.config.prompt, words)
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None):
         latents = self.latents(batch)
         timesteps = self.draw_timesteps(latents)
         embeds = self.embeds(batch["label"])
         loss = diffusion_loss(*self.denoise(latents, embeds, torch.randn_like(latents), timesteps))
         return dict(loss=loss, loss_diff=loss.detach())
 
-    def predict(self, batch):
+    def predict(self, batch: dict):
         return dict(loss_diff=self.fixed_errors(self.latents(batch), self.embeds(batch["label"])))
 
-    def evaluate(self, predictions):
+    def evaluate(self, predictions: dict):
         return dict(loss_diff=predictions["loss_diff"].mean().item())

@@ -152,7 +152,7 @@ class NamesStage(Stage):
         named = {n: p for n, p in self.mapper.named_parameters() if p.requires_grad}
         return dict(mapper=(named, self.rate, 0.0))
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None):
         towers = filter(None, self.mapper.all_parts(*(batch[k] for k in INPUTS)))
         distances = []
         for number, parts in enumerate(towers):
@@ -219,7 +219,7 @@ class CaptionsStage(NamesStage):
         self.read, self.words_of = stage.read_prompts, stage.words_of
         self.prompt, self.captions = stage.config.prompt, captions
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None):
         texts = [self.captions[k] for k in batch["row"].tolist()]
         with torch.no_grad():
             wanted = self.read(texts)

@@ -183,20 +183,20 @@ class AutoencoderStage(Stage):
         named = {n: p for n, p in self.vae.named_parameters() if p.requires_grad}
         return dict(vae=(named, self.learning_rate, 0.0))
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None):
         "`vae_loss` of the batch, or of its mirror image."
         pixels = to_pixels(batch["images"])
         if self.mirror and torch.rand(()) < 0.5:
             pixels = pixels.flip(3)
         return vae_loss(self.vae, pixels, self.clip)
 
-    def predict(self, batch):
+    def predict(self, batch: dict):
         "The error of each image."
         pixels = to_pixels(batch["images"])
         error = (reconstruct(self.vae, pixels) - pixels).abs().mean((1, 2, 3)) / 2
         return dict(error=error)
 
-    def evaluate(self, predictions):
+    def evaluate(self, predictions: dict):
         "Mean absolute error of a range of 1."
         return dict(mae=float(predictions["error"].mean()))
 

@@ -269,17 +269,17 @@ class ClipStage(Stage):
         "All of the model in one group."
         return dict(clip=(dict(self.clip.named_parameters()), self.learning_rate, 0.05))
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None):
         "`clip_loss`, augmented."
         return clip_loss(self.clip, self.tokenizer, batch, step_rng())
 
-    def predict(self, batch):
+    def predict(self, batch: dict):
         "The names that are found, beside the truth."
         scene, found = retrieve_names(self.clip, self.tokenizer, batch["images"])
         truth = dict(scene=batch["scene"], objects=batch["objects"])
         return dict(found_scene=torch.from_numpy(scene), found=torch.from_numpy(found), **truth)
 
-    def evaluate(self, predictions):
+    def evaluate(self, predictions: dict):
         "Shares of names that are found."
         found = predictions["found_scene"].numpy(), predictions["found"].numpy()
         return naming_scores(found, predictions)

@@ -6,11 +6,12 @@ import statistics
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from io import StringIO
 from pathlib import Path
 
 import pytest
-from house import NBS, ROOT, SHELVES, notebooks, read, text
+from house import NBS, ROOT, SHELVES, directives, notebooks, read, text
 
 PACKAGE = ROOT / "uniemo"
 CHAPTERS = [
@@ -274,17 +275,47 @@ def test_chapters_have_small_cells_pictures_and_exercises(nb):
     assert any(re.search(r"^## Exercises", text(c["source"]), re.M) for c in cells)
 
 
+def words_of(sources):
+    "How often each word stands in some code."
+    return Counter(re.findall(r"[A-Za-z_]\w*", "\n".join(sources)))
+
+
+def test_few_names_are_exported_for_nobody():
+    "What only its own room needs is `exporti`: of ten names, nine are used or shown somewhere."
+    inside = {p: words_of([p.read_text(encoding="utf-8")]) for p in PACKAGE.rglob("*.py")}
+    inside = {p: words for p, words in inside.items() if p.stem not in ("_modidx", "__init__")}
+    # examples and assertions of notebooks, tests
+    outside = words_of(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("*.py"))
+    for nb in notebooks():
+        cells = [c for c in read(nb)["cells"] if c["cell_type"] == "code"]
+        outside += words_of(text(c["source"]) for c in cells if not exports(c))
+    in_modules = sum(inside.values(), Counter())
+    names = [(p, name) for p in inside for name in exported(ast.parse(p.read_text("utf-8")))]
+    unused = [
+        name for p, name in names if in_modules[name] == inside[p][name] and not outside[name]
+    ]
+    assert len(unused) <= len(names) / 10, unused
+
+
+def exports(cell):
+    return directives(cell).keys() & {"export", "exports", "exporti"}
+
+
+def exported(tree):
+    "`__all__` of a module."
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
 def test_public_names_are_documented():
     "Every public function and class of the package says what it is."
     silent = []
     for name, tree in modules().items():
-        exported = next(
-            ast.literal_eval(n.value)
-            for n in tree.body
-            if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
-        )
+        public = exported(tree)
         for node in tree.body:
             kinds = (ast.FunctionDef, ast.ClassDef)
-            if isinstance(node, kinds) and node.name in exported and not ast.get_docstring(node):
+            if isinstance(node, kinds) and node.name in public and not ast.get_docstring(node):
                 silent.append(f"{name}.{node.name}")
     assert silent == []

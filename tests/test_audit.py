@@ -33,6 +33,7 @@ from uniemo.measure.occlusion import (
 from uniemo.mini.painting import render
 from uniemo.mini.twins import CHANGES, look_at, looks_agreement, paint_twins, read_twins, twin_specs
 from uniemo.mini.worlds import WORLDS
+from uniemo.runs import start
 from uniemo.runs.cli import application, main
 
 
@@ -287,6 +288,16 @@ def test_one_part_of_a_word(pipe):
         {"base": twins.images["base"], "object": twins.images["object"]}, twins.masks
     )
     assert edited.value["object"] > 1
+
+
+def test_the_audit_experiment(warm, tmp_path):
+    few = dict(num_twins=4, num_hidden=2, num_painted=2, num_inference_steps=1, draws=10)
+    run = start("audit", few, tmp_path, progress=False)
+    assert run.summary()["images"] == 4 and len(list(run.dir.glob("figures/*.png"))) == 7
+    moves = pd.read_csv(run.dir / "moves.csv")
+    assert set(moves.change) == set(CHANGES) and (moves.n == 4).all()
+    placed = pd.read_csv(run.dir / "placed.csv")
+    assert set(placed.by) == {"word", "painted twins"}
 
 
 # ---- the command

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,7 @@ print(len(train_understanding(splits, config, progress=False).metrics) > 0)
 
 IN_A_SHELL = """
 import sys
+import warnings
 
 from uniemo.runs.cli import main
 
@@ -81,3 +83,18 @@ def test_a_real_warning_is_said(tmp_path):
     code = "import warnings, uniemo; warnings.warn('the labels are skewed')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "the labels are skewed" in done.stderr
+
+
+def test_a_command_keeps_the_libraries_notes_to_itself(monkeypatch):
+    "What a library has not closed is no business of those who type a command; a warning is."
+    from uniemo.runs import cli
+
+    class Command:
+        def main(self, *args, **kwargs):
+            for kind in (ResourceWarning, DeprecationWarning, UserWarning):
+                warnings.warn(f"a {kind.__name__}", kind, stacklevel=1)
+
+    monkeypatch.setattr(cli, "get_command", lambda application: Command())
+    with warnings.catch_warnings(record=True) as heard:
+        assert cli.main([]) == 0
+    assert [note.category for note in heard] == [UserWarning]

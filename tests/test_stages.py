@@ -362,6 +362,8 @@ def test_quickstart(tmp_path, run_again):
     assert {"stage1_accuracy", "stage2_accuracy", "emo_a", "kept"} <= set(run.summary())
     figures = {p.name for p in (run.dir / "figures").iterdir()}
     assert {"world.png", "generated.png", "filter.png", "story.png"} <= figures
+    told = run.metrics()
+    assert {"loss", "loss_cls", "loss_diff"} <= set(told), "its log tells of every training"
 
 
 def test_quickstart_on_photographs(tmp_path, run_again):

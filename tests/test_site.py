@@ -174,6 +174,7 @@ def test_reference_shows_types_as_they_are_written(site):
         assert not [o for o in heads if "&lt;function" in o], page
     body = (site / "pipeline.html").read_text(encoding="utf-8")
     assert 'id="uniemopipeline.generate"' in body
+    assert '<div class="sd-table parameters">' in body, "what a narrow screen lays out anew"
 
 
 def test_llms_txt_names_every_page(site):

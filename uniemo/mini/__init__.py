@@ -146,6 +146,23 @@ if TYPE_CHECKING:
     )
     from .judging import JudgeStage, augment, blur, judge_scores, spoiled
     from .knobs import judge_confidence, rank_correlations
+    from .lessons import (
+        LESSON,
+        LESSONS,
+        LESSONS_OF,
+        Lesson,
+        Loop,
+        as_they_come,
+        at_random,
+        drawn_again,
+        label_errors,
+        lesson_of,
+        loop_of,
+        of_written_prompts,
+        spread,
+        sure_ones,
+        taught,
+    )
     from .painting import MANY_WIDTHS, Rendered, WIDTHS, paint, paint_all, render, sprites, twin
     from .pretraining import (
         PartOfRun,
@@ -187,7 +204,6 @@ if TYPE_CHECKING:
     from .stages import (
         candidates,
         code_of,
-        further_real,
         inversion,
         joint,
         kept,
@@ -405,6 +421,23 @@ _rooms = {
     ],
     "judging": ["JudgeStage", "augment", "blur", "judge_scores", "spoiled"],
     "knobs": ["judge_confidence", "rank_correlations"],
+    "lessons": [
+        "LESSON",
+        "LESSONS",
+        "LESSONS_OF",
+        "Lesson",
+        "Loop",
+        "as_they_come",
+        "at_random",
+        "drawn_again",
+        "label_errors",
+        "lesson_of",
+        "loop_of",
+        "of_written_prompts",
+        "spread",
+        "sure_ones",
+        "taught",
+    ],
     "painting": [
         "MANY_WIDTHS",
         "Rendered",
@@ -455,7 +488,6 @@ _rooms = {
     "stages": [
         "candidates",
         "code_of",
-        "further_real",
         "inversion",
         "joint",
         "kept",

@@ -165,6 +165,7 @@ def _resolve(dotted, roots):
     return None
 
 
+# %% ../../nbs/runs/keys.ipynb #a1b2c3d9
 def _names_in(nodes, module):
     "Names of syntax trees: those that the module defines, and dotted ones of what it imports."
     own, dotted = {}, {}

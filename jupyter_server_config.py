@@ -21,22 +21,29 @@ def of_the_kernel():
     return dict(kernelspec=named, language_info=IPythonKernel.language_info)
 
 
+def is_cleaned(notebook):
+    "Whether a notebook lies as `nbdev_clean` leaves it: those of runs and of one's own do not."
+    metadata = notebook["metadata"]
+    named = metadata.get("kernelspec", {}).get("name") == "python3"
+    return named and "language_info" not in metadata
+
+
 class CleanNotebooks(AsyncLargeFileManager):
-    "Shows a notebook with what JupyterLab would add at once; saves it without."
+    "Shows a committed notebook with what JupyterLab would add at once; saves it without."
 
     async def get(self, path, content=True, *args, **keywords):
         model = await super().get(path, content, *args, **keywords)
-        if content and model["type"] == "notebook":
-            metadata = model["content"]["metadata"]
-            if metadata.get("kernelspec", {}).get("name") == "python3":
-                metadata.update(of_the_kernel())
+        if content and model["type"] == "notebook" and is_cleaned(model["content"]):
+            model["content"]["metadata"].update(of_the_kernel())
         return model
 
     async def save(self, model, path=""):
-        if model["type"] == "notebook" and model.get("content"):
-            from nbdev.clean import clean_nb
+        if model["type"] == "notebook" and model.get("content") and await self.file_exists(path):
+            before = await super().get(path)
+            if before["type"] == "notebook" and is_cleaned(before["content"]):
+                from nbdev.clean import clean_nb
 
-            clean_nb(model["content"], allowed_cell_metadata_keys=["tags"])
+                clean_nb(model["content"], allowed_cell_metadata_keys=["tags"])
         return await super().save(model, path)
 
 

@@ -1,6 +1,6 @@
 "Everything that pip needs to know, read from settings.ini; experiments go into the wheel."
 
-import shutil
+import json
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -30,6 +30,16 @@ extras = {
 }
 
 
+def without_outputs(nb):
+    "A notebook to be run: its pictures, a tenth of the wheel, stand in the documentation."
+    found = json.loads(nb.read_text(encoding="utf-8"))
+    for cell in found["cells"]:
+        if cell["cell_type"] == "code":
+            cell.update(outputs=[], execution_count=None)
+    found["metadata"].pop("widgets", None)
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
 class BuildPy(build_py):
     "`build_py` that also ships the experiments, so that `uniemo run` works when installed."
 
@@ -45,7 +55,7 @@ class BuildPy(build_py):
             return  # a checkout has them in nbs/
         for nb in self.experiments():
             self.target(nb).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(nb, self.target(nb))
+            self.target(nb).write_text(without_outputs(nb), encoding="utf-8")
 
     def get_outputs(self, include_bytecode=True):
         return super().get_outputs(include_bytecode) + (

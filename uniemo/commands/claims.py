@@ -35,6 +35,9 @@ def decide_claims(
     run: Annotated[bool, typer.Option("--run", help="make what is missing first")] = False,
     seeds: Annotated[int, typer.Option(help="at most, of those that each claim names")] = 20,
     minutes: Annotated[float, typer.Option(help="after which no cell is begun; 0: no limit")] = 0,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="also arms that train a generator")
+    ] = False,
     own: Annotated[
         str | None, typer.Option(metavar="FILE.py:FUNCTION", help="a method of yours")
     ] = None,
@@ -50,7 +53,9 @@ def decide_claims(
     if seeds < 2:
         raise ValueError(f"--seeds is at least 2, not {seeds}: differences need an interval")
     if run:
-        _make_missing(seeds, minutes, own, cells, quiet)
+        given = dict(num_seeds=seeds, minutes=minutes, generate=generate)
+        given |= dict(own=own) if own else {}
+        _make_missing(given, cells, quiet)
     shipped = published("claims")
     has_own = cells.exists()
     verdicts, made = verdicts_of(cells if has_own else shipped / "cells.jsonl", seeds)
@@ -67,17 +72,16 @@ def decide_claims(
     return 0
 
 
+# %% ../../nbs/commands/claims.ipynb #claim-interval
 def _interval(row):
     return f"{row.difference:.3f} [{row.low:.3f}, {row.high:.3f}]" if row.n > 1 else ""
 
 
 # %% ../../nbs/commands/claims.ipynb #9ddc1ec8
-def _make_missing(seeds, minutes, own, cells, quiet):
+def _make_missing(given, cells, quiet):
     "One run of the experiment *claims*."
     from uniemo import runs
 
-    given = dict(num_seeds=seeds, minutes=minutes, cells_file=str(cells.resolve()))
-    if own:
-        given["own"] = own
+    given = dict(given, cells_file=str(cells.resolve()))
     done = runs.start("claims", given, progress=not quiet and is_watched())
     print(shorten(done.dir))

@@ -25,6 +25,7 @@ __all__ = [
 # %% ../../nbs/mini/lessons.ipynb #086c2b80
 import copy
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -96,7 +97,6 @@ class Loop:
         self.contest, self.lesson = contest, lesson
         self.place = tempfile.TemporaryDirectory()
         self.folder = Path(self.place.name)
-        world_of(contest.world)
 
     @cached_property
     def first(self) -> StageResult:
@@ -150,7 +150,10 @@ class Loop:
         reader = name_reader(*self.contest.clip, self.splits.names, encoder_view(model), model)
         most = self.lesson.max_kept if criteria else len(table)
         how = (self.folder / name, criteria, most)
-        chosen = select(table, self.splits, reader, *how, quality=None)
+        with warnings.catch_warnings():
+            # counted by the arm
+            warnings.filterwarnings("ignore", "no candidate kept|in range:")
+            chosen = select(table, self.splits, reader, *how, quality=None)
         if chosen.folder is None:
             raise ValueError(f"{name}: the filter keeps no candidate; give it more of them")
         return chosen.folder
@@ -167,6 +170,8 @@ class Loop:
         return pd.Series(labels).value_counts().reindex(range(len(MIKELS)), fill_value=0)
 
 
+# %% ../../nbs/mini/lessons.ipynb #loop-of
+# made once for all arms of a contest
 loop_of = lru_cache(maxsize=1)(Loop)
 
 
@@ -275,6 +280,7 @@ LESSONS_OF = {
 }
 
 
+# %% ../../nbs/mini/lessons.ipynb #arm-1
 def lesson_of(
     contest: Contest,
     arm: str,  # a key of `LESSONS_OF`, or "real only"
@@ -290,6 +296,7 @@ def lesson_of(
     return _told(contest, taught(contest, extra, lesson.ratio), **more)
 
 
+# %% ../../nbs/mini/lessons.ipynb #arm-2
 def _told(contest, result, **more):
     "Accuracies, also on the three emotions that are rarest among the training images."
     logits = result.predictions["test"]["logits"]
@@ -301,6 +308,7 @@ def _told(contest, result, **more):
     return contest.told(logits, **found, **more)
 
 
+# %% ../../nbs/mini/lessons.ipynb #arm-3
 def spread(
     contest: Contest,
     lesson: Lesson = LESSON,
@@ -313,6 +321,7 @@ def spread(
     return {"spread of label errors": float(means.std()), "label error": float(errors.mean())}
 
 
+# %% ../../nbs/mini/lessons.ipynb #arm-4
 def _errors_of_files(paths, labels, world):
     "Label errors of images in files."
     from PIL import Image
@@ -321,5 +330,6 @@ def _errors_of_files(paths, labels, world):
     return label_errors(to_pixels(images), labels, world)
 
 
+# %% ../../nbs/mini/lessons.ipynb #arm-5
 LESSONS = {arm: partial(lesson_of, arm=arm) for arm in ("real only", *LESSONS_OF)}
 LESSONS["candidates"] = spread

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         is_fault,
         requirements,
     )
-    from .photos import find_photos, understand, understand_photos
+    from .photos import find_photos, tell_skipped, understand, understand_photos, write_rows
     from .pictures import Steps, edit, generate, read_mixture, read_wish
     from .terminal import (
         Device,
@@ -119,7 +119,7 @@ _rooms = {
         "is_fault",
         "requirements",
     ],
-    "photos": ["find_photos", "understand", "understand_photos"],
+    "photos": ["find_photos", "tell_skipped", "understand", "understand_photos", "write_rows"],
     "pictures": ["Steps", "edit", "generate", "read_mixture", "read_wish"],
     "terminal": [
         "Device",

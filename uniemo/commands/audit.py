@@ -16,13 +16,12 @@ __all__ = [
 ]
 
 # %% ../../nbs/commands/audit.ipynb #b36aebae
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .photos import find_photos, novelty_text, once_for_all
+from .photos import find_photos, once_for_all, tell_skipped, write_rows
 from uniemo.commands.terminal import (
     Device,
     Model,
@@ -189,20 +188,12 @@ def audit(  # noqa: PLR0913
     pipe = load_pipeline(model, device, quiet)
     how = dict(fill=fill, window=window)
     table, means, skipped = audit_photos(pipe, paths, out, skip, is_watched(quiet), **how)
-    if as_json:
-        print(json.dumps(json.loads(table.to_json(orient="records")), indent=1))
-    if csv is not None:
-        table.to_csv(csv, index=False)
-        typer.echo(f"{len(table)} rows in {shorten(csv)}", err=True)
+    write_rows(table, as_json, csv)
     if out is not None:
         typer.echo(f"{len(table)} pictures in {shorten(out)}", err=True)
     if not (as_json or csv):
         print_tables(table, means)
-    if said := novelty_text(table):
-        typer.echo(said, err=True)
-    for path, problem in skipped:
-        typer.echo(f"skipped {path}: {problem}", err=True)
-    return 1 if skipped else 0
+    return tell_skipped(table, skipped)
 
 
 # %% ../../nbs/commands/audit.ipynb #cc6b13f5

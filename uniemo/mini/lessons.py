@@ -40,7 +40,7 @@ from ..data.names import normalize_name
 from ..data.splits import EmotionSplits
 from ..diffusion.any_family import pipeline_class
 from ..emotions import MIKELS
-from ..feedback import generate_candidates, select
+from ..feedback import candidate_table, generate_candidates, read_candidates, select
 from ..filtering import CRITERIA, name_reader
 from ..joint import JointConfig, train_joint
 from .clip import to_pixels
@@ -130,14 +130,20 @@ class Loop:
         return pipe
 
     @cached_property
-    def candidates(self) -> pd.DataFrame:
-        "A row a generated image."
+    def made(self) -> Path:
+        "The folder of generated images."
         sampling = dict(
             num_inference_steps=self.lesson.num_inference_steps,
             guidance_scale=self.lesson.guidance_scale,
         )
         count, seed = self.lesson.num_per_emotion, self.contest.seed
-        return generate_candidates(self.pipeline, self.folder / "made", count, seed, **sampling)
+        generate_candidates(self.pipeline, self.folder / "made", count, seed, **sampling)
+        return self.folder / "made"
+
+    @cached_property
+    def candidates(self) -> pd.DataFrame:
+        "A row a generated image."
+        return candidate_table(self.made)
 
     def kept(
         self,
@@ -222,7 +228,7 @@ def of_written_prompts(loop: Loop) -> dict[str, torch.Tensor]:
     contest, names = loop.contest, loop.splits.names
     rng = np.random.default_rng([6, contest.seed])
     shares = {kind: np.nan_to_num(name_shares(loop.splits, kind)) for kind in names}
-    known = [e for e, n in loop.counts.items() if all(s[:, e].sum() for s in shares.values())]
+    known = [e for e in loop.counts.index if all(s[:, e].sum() for s in shares.values())]
     label = rng.permutation(np.resize(known, int(loop.counts.sum())))
     drawn = {
         kind: np.array([rng.choice(len(s), p=s[:, e] / s[:, e].sum()) for e in label])
@@ -314,20 +320,11 @@ def spread(
     lesson: Lesson = LESSON,
 ) -> dict[str, float]:
     "The positive control of the filter: do label errors differ among the emotions' candidates?"
-    table = loop_of(contest, lesson).candidates
+    images, table = read_candidates(loop_of(contest, lesson).made)
     labels = np.array([MIKELS.index(e) for e in table.emotion])
-    errors = _errors_of_files(table.path, labels, contest.world)
+    errors = label_errors(to_pixels(images), labels, contest.world)
     means = pd.Series(errors).groupby(labels).mean()
     return {"spread of label errors": float(means.std()), "label error": float(errors.mean())}
-
-
-# %% ../../nbs/mini/lessons.ipynb #arm-4
-def _errors_of_files(paths, labels, world):
-    "Label errors of images in files."
-    from PIL import Image
-
-    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
-    return label_errors(to_pixels(images), labels, world)
 
 
 # %% ../../nbs/mini/lessons.ipynb #arm-5

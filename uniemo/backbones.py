@@ -105,15 +105,15 @@ class Clip(Family):
     positions = "embeddings.position_embedding.weight"
     mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    def embed(self, model, pixels):
+    def embed(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
         return model.pre_layrnorm(model.embeddings(pixels))
 
-    def can_shorten(self, model):
+    def can_shorten(self, model: PreTrainedModel) -> bool:
         config, last = model.config, model.get_submodule(self.layers)[-1]
         plain = not (config.attention_dropout or last.gradient_checkpointing)
         return plain and config._attn_implementation == "sdpa"
 
-    def last_class(self, layer, tokens):
+    def last_class(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         attention = layer.self_attn
         seen = layer.layer_norm1(tokens)
         heads = (len(seen), -1, attention.num_heads, attention.head_dim)
@@ -123,7 +123,7 @@ class Clip(Family):
         own = tokens[:, :1] + attention.out_proj(read.transpose(1, 2).flatten(2))
         return own + layer.mlp(layer.layer_norm2(own))
 
-    def final(self, model, tokens):
+    def final(self, model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return model.post_layernorm(tokens[:, 0]), tokens
 
 
@@ -133,7 +133,7 @@ class Vit(Family):
 
     model, layers, unread = ViTModel, "layers", r"pooler\."
 
-    def build(self, config):
+    def build(self, config: PretrainedConfig) -> PreTrainedModel:
         kind = dict(attn_implementation=config._attn_implementation, add_pooling_layer=False)
         return self.model._from_config(config, **kind)
 
@@ -152,7 +152,7 @@ class Dinov2WithRegisters(Dinov2):
 
     model = Dinov2WithRegistersModel
 
-    def prefix(self, config):
+    def prefix(self, config: PretrainedConfig) -> int:
         return 1 + config.num_register_tokens
 
 
@@ -163,10 +163,10 @@ class Siglip(Family):
     model, norm, patch = SiglipVisionModel, "post_layernorm", "embeddings.patch_embedding"
     positions = "embeddings.position_embedding.weight"
 
-    def prefix(self, config):
+    def prefix(self, config: PretrainedConfig) -> int:
         return 0
 
-    def final(self, model, tokens):
+    def final(self, model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = model.post_layernorm(tokens)
         return (model.head(tokens) if model.use_head else tokens.mean(1)), tokens
 
@@ -474,7 +474,7 @@ def _read_normalisation(name):
 def check_normalisation(
     mean: list[float] | None,  # a channel, in [0, 1]
     std: list[float] | None,
-):
+) -> None:
     "Refuse an image normalisation that is not three numbers, or would divide by zero."
     for name, values, least in (("image_mean", mean, -math.inf), ("image_std", std, 0)):
         numbers = isinstance(values, list | tuple) and all(

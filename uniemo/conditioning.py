@@ -23,12 +23,13 @@ __all__ = [
 
 # %% ../nbs/08_conditioning.ipynb #cell-03
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .fusion import compute_device
 
@@ -64,7 +65,7 @@ def placeholder_pattern(placeholder: str) -> re.Pattern:
     return re.compile(re.escape(placeholder[:-1]) + r"(?::[^<>:]+)?>")
 
 
-def cut_at_placeholders(prompt: str, placeholder: str):
+def cut_at_placeholders(prompt: str, placeholder: str) -> list[str]:
     "A prompt as [text, placeholder, text, ...], odd length."
     parts, end = [], 0
     for match in placeholder_pattern(placeholder).finditer(prompt):
@@ -82,7 +83,7 @@ def split_prompt(
     # placeholders that have words; None: not known yet, all are fine
     known: Sequence[str] | None = None,
     # its added tokens, such as a textual inversion's `<cat-toy>`, are no typing errors
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[str]:
     "A prompt as texts and placeholders in turn; what is no known placeholder is refused."
     parts = cut_at_placeholders(prompt, placeholder)
@@ -98,7 +99,7 @@ def split_prompt(
 
 
 # %% ../nbs/08_conditioning.ipynb #db04e3d6
-def what_is_known(placeholder: str, known):
+def what_is_known(placeholder: str, known: Sequence[str] | None) -> str:
     "The remedy for an unknown placeholder."
     if known:
         return f"there are words for {', '.join(known)}"
@@ -108,14 +109,16 @@ def what_is_known(placeholder: str, known):
 
 
 # %% ../nbs/08_conditioning.ipynb #cell-13
-def max_tokens(text_encoder, tokenizer) -> int:
+def max_tokens(text_encoder: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     "How many tokens the encoder reads, start and end included."
     limit = tokenizer.model_max_length
     return min(limit, getattr(text_encoder.config, "max_position_embeddings", limit))
 
 
 # %% ../nbs/08_conditioning.ipynb #d0ae436c
-def prompt_ids(parts, tokenizer, length, sizes):
+def prompt_ids(
+    parts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, sizes: Mapping[str, int]
+) -> tuple[list[int], dict[str, list[int]]]:
     "Token ids of a prompt in `parts`, and placeholder -> its positions (`sizes[name]` or 1)."
     ids, places = [tokenizer.bos_token_id], {}
     for i, part in enumerate(parts):
@@ -129,7 +132,9 @@ def prompt_ids(parts, tokenizer, length, sizes):
     return [*ids, tokenizer.eos_token_id], places
 
 
-def check_length(parts, ids, places, length):
+def check_length(
+    parts: list[str], ids: list[int], places: dict[str, list[int]], length: int
+) -> None:
     "A `ValueError` where ids and end token are more than `length`."
     if len(ids) < length:
         return
@@ -156,8 +161,8 @@ class TokenizedPrompts(NamedTuple):
 # %% ../nbs/08_conditioning.ipynb #9e9d5f15
 def tokenize_prompts(
     prompts: Sequence[str],
-    text_encoder,
-    tokenizer,
+    text_encoder: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     # the name of all placeholders
     placeholder: str = "<emotion>",
     # placeholders, or placeholder -> number of tokens it takes (1)
@@ -208,7 +213,7 @@ def replaced_rows(
     columns: torch.Tensor,
     # what stands there, [k, d]; has a gradient
     values: torch.Tensor,
-):
+) -> Iterator[None]:
     "Within this context the output [B, tokens, d] of `embedding` has `values` at (rows, columns)."
     calls = 0
 
@@ -254,7 +259,7 @@ def words_by_name(
     return {name: word[:, None] if word.ndim == 2 else word for name, word in words.items()}
 
 
-def expand_words(words, size):
+def expand_words(words: dict[str, torch.Tensor], size: int | None) -> dict[str, torch.Tensor]:
     "Words [1 or B, k, d] as [B, k, d] each; `size` prompts, or None: one prompt for all words."
     sizes = {len(word) for word in words.values()}
     total = max(sizes) if size is None else size
@@ -265,7 +270,9 @@ def expand_words(words, size):
 
 
 # %% ../nbs/08_conditioning.ipynb #9cdd265e
-def word_values(words, places):
+def word_values(
+    words: dict[str, torch.Tensor], places: dict[str, tuple]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Rows, columns [n] and values [n, d] of all words [B, k, d] at their places, in one."
     rows, columns = (torch.cat([places[name][axis] for name in words]) for axis in (0, 1))
     values = []
@@ -282,7 +289,7 @@ def encode_prompts(
     # a `CLIPTextModel`, offloaded or not
     text_encoder: torch.nn.Module,
     # its tokenizer; need not know the placeholder
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     # one for all words, or one for each
     prompts: str | Sequence[str],
     # [B, d_token] or [B, k, d_token] for `placeholder`, or {placeholder: such a tensor}
@@ -314,7 +321,9 @@ def encode_prompts(
 
 
 # %% ../nbs/08_conditioning.ipynb #f01053da
-def check_used(words, places, prompts):
+def check_used(
+    words: dict[str, torch.Tensor], places: dict[str, tuple], prompts: Sequence[str]
+) -> None:
     "A `ValueError` for a word that no prompt has a place for."
     unused = [name for name in words if name not in places]
     if unused:

@@ -15,10 +15,11 @@ __all__ = [
 
 # %% ../nbs/06_correlation.ipynb #cell-03
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -26,8 +27,10 @@ from diffusers import ConfigMixin, ModelMixin
 from .data.attributes import KINDS, count_attributes, read_annotations
 from .data.coefficients import AttributeRows, emotion_order, read_rows
 from .data.names import normalize_name
+from .data.sets import EmotionData
 from .emotions import MIKELS
 from .files.disk import FileError, write_file
+from .files.emogen import EmoGenFiles, load_emogen
 from .files.weights import load_pretrained
 from .losses import similarity
 from .measure.predicted import predicted_rows
@@ -37,7 +40,7 @@ from .measure.predicted import predicted_rows
 class CorrelationTable(AttributeRows):
     "A table of coefficients: its file, its three sources, its picture."
 
-    def save(self, path: str | Path):
+    def save(self, path: str | Path) -> None:
         "Write a CSV file: kind, name, one column an emotion."
         write_file(path, self.to_pandas().to_csv(lineterminator="\n"))
 
@@ -54,7 +57,8 @@ class CorrelationTable(AttributeRows):
     @classmethod
     def from_annotations(
         cls,
-        dataset,  # a data set of `uniemo.data`, or a DataFrame with columns emotion, scene, object
+        # a data set of `uniemo.data`, or a DataFrame with columns emotion, scene, object
+        dataset: EmotionData | pd.DataFrame,
         smoothing: float = 1.0,  # images of an average emotion added to each count
         emotions: Iterable[str] | None = None,  # of a DataFrame; None: Mikels'
         scene_names: Sequence[str] | None = None,  # rows; None: the data set's, or all that occur
@@ -68,7 +72,8 @@ class CorrelationTable(AttributeRows):
     def from_classifier(
         cls,
         classifier: Callable,  # pixels [B, 3, H, W] -> output with `logits`, or probabilities
-        images,  # an annotated data set, or a dict (or pairs) (kind, name) -> pixels [n, 3, H, W]
+        # an annotated data set, or a dict (or pairs) (kind, name) -> pixels [n, 3, H, W]
+        images: EmotionData | Mapping | Iterable[tuple],
         emotions: Iterable[str] | None = None,  # the data set's, or Mikels'
         smoothing: float = 0.0,  # undecided images added to each name
         batch_size: int = 64,
@@ -83,12 +88,11 @@ class CorrelationTable(AttributeRows):
     @classmethod
     def from_emogen(
         cls,
-        source,  # EmoGen's folder, its files as `load_emogen` reads them, or their `coefficients`
+        # EmoGen's folder, its files as `load_emogen` reads them, or their `coefficients`
+        source: EmoGenFiles | Mapping | str | Path,
     ) -> "CorrelationTable":
         "EmoGen's published table."
         if isinstance(source, (str, Path)):
-            from uniemo.files.emogen import load_emogen
-
             source = load_emogen(source)
         coefficients = getattr(source, "coefficients", source)
         if not coefficients or set(coefficients) - set(KINDS):
@@ -99,8 +103,8 @@ class CorrelationTable(AttributeRows):
             )
         return cls(*(coefficients.get(kind) for kind in KINDS))
 
-    def plot(self, top: int = 3, kind: str | None = None, ax=None):
-        "Heat map of the `top` strongest attributes of each emotion, of one `kind` or of both."
+    def plot(self, top: int = 3, kind: str | None = None, ax: Any = None) -> Any:
+        "Heat map of the `top` strongest attributes of each emotion, of one `kind` or of both; on matplotlib's `ax`."
         from uniemo.measure.plots import plot_coefficients
 
         return plot_coefficients(self.to_pandas(), top, kind, ax)
@@ -203,7 +207,7 @@ class NamedRows(ModelMixin, ConfigMixin):
     def check_emotions(
         self,
         emotions: Iterable[str],  # the model's classes
-    ):
+    ) -> None:
         "Refuse a table whose columns are not the model's `emotions` in the same order."
         own, emotions = list(self.config.emotions), list(emotions)
         if emotion_order(own, emotions, "the retriever's table") != list(range(len(own))):

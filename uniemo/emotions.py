@@ -89,7 +89,7 @@ def _check_share(name, weight):
 
 # %% ../nbs/01_emotions.ipynb #996592c0
 def mixture_weights(
-    emotion,  # name or index, or a mixture {name: weight}
+    emotion: str | int | dict,  # name or index, or a mixture {name: weight}
     emotions: Iterable[str] = MIKELS,  # the order of the weights
 ) -> torch.Tensor:
     "Weights float64 [E] that sum to 1; what is no mixture is refused, with the nearest name."

@@ -35,6 +35,7 @@ from uniemo.filtering import (
 )
 from .measure.evidence import EvidenceReader, open_image
 from .pipeline import UniEmoPipeline
+from .train.callbacks import RunLog
 
 
 # %% ../nbs/13_feedback.ipynb #stage-files
@@ -85,7 +86,7 @@ def generate_candidates(
     seed: int = 0,  # image i of a seed is the same in every batch
     prompt: str = "<emotion>",  # any text with this word
     batch_size: int = 16,  # images that are painted together; changes none of them
-    run=None,  # a `Run` that is told of finished emotions
+    run: RunLog | None = None,  # a `Run` that is told of finished emotions
     **sampling,  # to `pipeline.generate`: `num_inference_steps`, `guidance_scale`, ...
 ) -> pd.DataFrame:
     "A row an image: `emotion`, `path`, seed, attributes, ...; see `UniEmoPipeline.generate`."

@@ -17,15 +17,18 @@ __all__ = [
 # %% ../nbs/12_filtering.ipynb #e6ecc517
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .backbones import text_features
 from .data.names import normalize_name
+from .data.transforms import NetworkView
 from .emotions import MIKELS
 from .measure.evidence import Evidence, EvidenceReader, open_image
 
@@ -52,10 +55,10 @@ from uniemo.measure.thresholds import (
 # %% ../nbs/12_filtering.ipynb #685c125c
 def name_reader(
     clip: torch.nn.Module,  # a frozen CLIP that knows no emotion
-    tokenizer,  # of this CLIP
+    tokenizer: PreTrainedTokenizerBase,  # of this CLIP
     names: dict,  # `scene`, `object` -> names; None or nothing where there are none
-    view,  # how the CLIP reads an image: size, mean, std
-    classifier=None,  # pixel values -> logits [B, E], or an output with `logits`
+    view: NetworkView,  # how the CLIP reads an image: size, mean, std
+    classifier: Callable | None = None,  # pixel values -> logits [B, E], or an output with `logits`
     template: str = "a photo of a {}",
     **reading,  # `classifier_view`, `batch_size`, `progress`
 ) -> EvidenceReader:
@@ -361,7 +364,7 @@ def plot_filtered(
     table: pd.DataFrame,  # of `filter_candidates`
     images: list = None,  # one a row of `table`, Pillow or uint8; None: files of its `path`
     columns: int = 8,  # images of a row
-):
+) -> Any:  # matplotlib's Figure
     "Kept candidates and those dropped for each reason, a row each. Returns the figure."
     import matplotlib.pyplot as plt
 

@@ -154,7 +154,7 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         "Summands [B, width] as one word [B, width], or as words of their own [B, k, width]."
         return torch.stack(parts, 1) if self.config.separate else sum(parts)
 
-    def weighted(self, part, alpha):
+    def weighted(self, part: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
         "`part` [B, token_size] times its coefficient [B], where coefficients count."
         if alpha is None or not self.config.use_alpha:
             return part
@@ -177,7 +177,7 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         parts = list(self.parts(c, s, o, alpha_scene, alpha_object).values())
         return self.joined(parts)
 
-    def check_inputs(self, c: torch.Tensor, features, alphas):
+    def check_inputs(self, c: torch.Tensor, features: dict, alphas: dict) -> None:
         "A `ValueError` where a feature is missing or a shape is wrong."
         check_feature("class", c, ["B", self.config.hidden_size])
         for kind, feature in features.items():
@@ -197,7 +197,7 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
 
 
 # %% ../nbs/07_fusion.ipynb #41abe51b
-def check_feature(kind: str, feature, shape):
+def check_feature(kind: str, feature: torch.Tensor, shape: list) -> None:
     "A `ValueError` unless `feature` has this `shape` ('B': any size)."
     wanted = [feature.shape[0] if size == "B" else size for size in shape]
     if list(feature.shape) != wanted:
@@ -217,7 +217,13 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 # %% ../nbs/07_fusion.ipynb #91f188d1
-def retrieval_query(encoder, mapper, retriever, kind: str, feature):
+def retrieval_query(
+    encoder: nn.Module,
+    mapper: PseudoWordMapper,
+    retriever: nn.Module,
+    kind: str,
+    feature: torch.Tensor | None,
+) -> torch.Tensor | None:
     "What the retriever is asked with [B, d_text] for a `kind`; None: it has no such names."
     mapped = retriever.config.retrieval == "mapped"
     owner, name = (mapper, f"mapper_{kind}") if mapped else (encoder, f"{kind}_projection")
@@ -250,20 +256,27 @@ def pseudo_words(
 
 
 def tower_words(
-    encoder,
-    mapper,
-    retriever,
+    encoder: nn.Module,
+    mapper: PseudoWordMapper,
+    retriever: nn.Module,
     c: torch.Tensor,
     s: torch.Tensor | None,
     o: torch.Tensor | None,
-    emotion,
+    emotion: torch.Tensor,
 ) -> tuple:
     "As `pseudo_words`, but a list with the words of every text tower."
     found = retrieve(encoder, mapper, retriever, s, o, emotion)
     return mapper.all_words(c, s, o, found.alpha_scene, found.alpha_object), found
 
 
-def retrieve(encoder, mapper, retriever, s: torch.Tensor | None, o: torch.Tensor | None, emotion):
+def retrieve(
+    encoder: nn.Module,
+    mapper: PseudoWordMapper,
+    retriever: nn.Module,
+    s: torch.Tensor | None,
+    o: torch.Tensor | None,
+    emotion: torch.Tensor,
+) -> tuple:
     "What the retriever finds for scene and object features [B, d] of an emotion."
     ask_scene = retrieval_query(encoder, mapper, retriever, "scene", s)
     ask_object = retrieval_query(encoder, mapper, retriever, "object", o)

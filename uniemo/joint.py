@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
+
+from .backbones import TextTower
+from .queries import ExpertQueryOutput
+from .train.callbacks import RunLog
 
 # %% ../nbs/09_joint.ipynb #ed99a90e
 from .conditioning import encode_prompts
@@ -115,7 +120,7 @@ class JointConfig(UnderstandingConfig):
         ),
     )
 
-    def validate(self):
+    def validate(self) -> None:
         "Refuse what stage 2 cannot have."
         super().validate()
         check_weights("joint_weights", self.joint_weights, "L_U", "L_cond", "L_diff")
@@ -146,7 +151,8 @@ class JointStage(DenoisingPart, UnderstandingStage):
         encoder: ExpertQueryModel,  # from stage 1
         mapper: PseudoWordMapper,
         retriever: AttributeRetriever,  # gives the coefficients
-        diffusion,  # a pipeline with unet, text_encoder, tokenizer, scheduler, vae
+        # a pipeline with unet, text_encoder, tokenizer, scheduler, vae
+        diffusion: DiffusionPipeline,
         config: JointConfig,
         text: dict | None = None,  # features of the names by kind; None: without L_S and L_O
         cached: bool = False,  # batches bring latents: the autoencoder is not needed
@@ -167,7 +173,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         if config.lora_rank:
             add_lora(self.unet, config.lora_rank)
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         groups = {k: g for k, g in super().parameter_groups().items() if g[0]}
         own = {}
         for name, part in (("mapper", self.mapper), ("bridge", self.bridge)):
@@ -179,10 +185,10 @@ class JointStage(DenoisingPart, UnderstandingStage):
             groups["lora"] = (named, self.config.lr_lora, 0.0)
         return groups
 
-    def repeated_blocks(self):
+    def repeated_blocks(self) -> list[nn.Module]:
         return [*super().repeated_blocks(), *self.diffusion_blocks()]
 
-    def words(self, out, emotion: torch.Tensor) -> tuple:
+    def words(self, out: ExpertQueryOutput, emotion: torch.Tensor) -> tuple:
         "Pseudo-words of an encoder's output for labels [B] or weights [B, E], and the retrieved."
         features = (out.class_features, out.scene_features, out.object_features)
         return pseudo_words(self.model, self.mapper, self.retriever, *features, emotion)
@@ -205,7 +211,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         "Text states [1, tokens, d] of no words."
         return encode_prompts(self.text_encoder, self.tokenizer, "")
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         # 1. encode, retrieve, fuse
         out = self.model(batch["pixel_values"])
         target = batch.get("votes", batch["label"])
@@ -226,7 +232,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
             accuracy=(out.logits.detach().argmax(1) == batch["label"]).float().mean(),
         )
 
-    def condition(self, out, words, batch: dict) -> dict:
+    def condition(self, out: ExpertQueryOutput, words: torch.Tensor | list, batch: dict) -> dict:
         "L_cond and its parts."
         logits = word_logits(self.model.head, self.joined(words), self.bridge)
         weights, margin = self.config.condition_weights, self.config.margin
@@ -242,7 +248,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         timesteps = self.draw_timesteps(latents)
         return diffusion_loss(*self.denoise(latents, self.prompt_embeds(words), noise, timesteps))
 
-    def predict(self, batch: dict):
+    def predict(self, batch: dict) -> dict:
         "As stage 1; where the batch has an image for the U-Net, also what it says."
         out = self.model(batch["pixel_values"])
         found = self.predictions(out, batch)
@@ -253,7 +259,7 @@ class JointStage(DenoisingPart, UnderstandingStage):
         logits = word_logits(self.model.head, self.joined(words), self.bridge)
         return dict(found, loss_diff=errors, word_logits=logits)
 
-    def evaluate(self, predictions: dict):
+    def evaluate(self, predictions: dict) -> dict:
         metrics = UnderstandingStage.evaluate(self, predictions)
         if "loss_diff" in predictions:
             right = predictions["word_logits"].argmax(1) == predictions["label"]
@@ -267,7 +273,7 @@ class PipelineStage(PipelinePart, JointStage):
     "The same against a pipeline of any family: words for each of its text towers."
 
 
-def stage_for(diffusion) -> type[JointStage]:
+def stage_for(diffusion: DiffusionPipeline) -> type[JointStage]:
     "The kind of stage that trains against a pipeline."
     first = family_of(diffusion) == "Stable Diffusion 1.x and 2.x"
     return JointStage if first else PipelineStage
@@ -292,7 +298,7 @@ def joint_data(
     splits: EmotionSplits,
     config: JointConfig,
     view: NetworkView,  # the encoder's
-    diffusion,  # a pipeline, for its autoencoder
+    diffusion: DiffusionPipeline,  # a pipeline, for its autoencoder
     folder: str | Path | None = None,  # of latents that are kept
 ) -> dict:  # `train`, `val`, `test` -> what a trainer reads
     "The splits as joint training reads them."
@@ -363,12 +369,13 @@ def train_joint(  # noqa: PLR0913 - the one door of stage 2
     splits: EmotionSplits,  # on disk, or in memory with `images`
     config: JointConfig,
     encoder: "ExpertQueryModel | str | Path",  # of stage 1, or its folder
-    diffusion="mini",  # or a folder, a hub id, a pipeline
+    diffusion: DiffusionPipeline | str | Path = "mini",  # or a folder, a hub id, a pipeline
     *,
     folder: str | Path | None = None,  # of predictions, history, metrics, checkpoints
-    text=None,  # name features by kind, or whose text tower makes them; None: the backbone's
+    # name features by kind, or whose text tower makes them; None: the backbone's
+    text: dict | TextTower | str | Path | None = None,
     mapper: dict | None = None,  # settings of `PseudoWordMapper`
-    run=None,  # a `Run` that is told of losses and metrics
+    run: RunLog | None = None,  # a `Run` that is told of losses and metrics
     progress: bool = True,
 ) -> StageResult:  # its `parts`: encoder, mapper, retriever, diffusion
     "Stage 2: queries and mappers, trained with a frozen diffusion model."

@@ -16,6 +16,7 @@ __all__ = [
 
 # %% ../nbs/11_pipeline.ipynb #cell-03
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ from .files.shipped import shipped_folder
 from .fusion import PseudoWordMapper
 from .losses import similarity
 from .measure.novelty import NOVELTY, Novelty, output_features
+from .queries import ExpertQueryOutput
 
 # %% ../nbs/11_pipeline.ipynb #2c353dc8
 from .queries import ExpertQueryModel, attention_maps
@@ -62,12 +64,16 @@ from .space import EmotionSpace, seeded_generators
 from .towers import FAMILIES
 from .words import EmotionWords, batches, labelled
 
+# %% ../nbs/11_pipeline.ipynb #images-types
+# arrays uint8 [H, W, 3], tensors [3, H, W] of bytes or of floats in [0, 1]
+OneImage = Image.Image | str | Path | np.ndarray | torch.Tensor
+# a list of these, or one more axis in front
+Images = OneImage | Sequence[OneImage]
+
 
 # %% ../nbs/11_pipeline.ipynb #cell-07
 def pil_images(
-    # Pillow image, path, or uint8 array [H, W, 3]; a list of these; a uint8 array [B, H, W, 3];
-    # or a tensor [3, H, W] or [B, 3, H, W] of bytes or of floats in [0, 1]
-    images,
+    images: Images,
 ) -> list[Image.Image]:
     "Pillow images (RGB) of one image or of many."
     if torch.is_tensor(images):
@@ -79,7 +85,7 @@ def pil_images(
     return [pil_image(image) for image in images]
 
 
-def pil_image(image) -> Image.Image:
+def pil_image(image: OneImage) -> Image.Image:
     "One Pillow image of a path, a Pillow image or a uint8 array [H, W, 3]."
     if isinstance(image, (str, Path)):
         return read_image(image)
@@ -149,7 +155,7 @@ class Reader(DiffusionPipeline):
     def understand(
         self,
         # one or many, see `pil_images`; the central square of each is read
-        images,
+        images: Images,
         batch_size: int = 32,
     ) -> Understanding:
         "Read images: probabilities, scene, object, attention maps."
@@ -175,7 +181,9 @@ class Reader(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return read
 
-    def name_attributes(self, read, kind: str, outs):
+    def name_attributes(
+        self, read: Understanding, kind: str, outs: list[ExpertQueryOutput]
+    ) -> None:
         "Each image's nearest name of a `kind`, and its similarity, into `read`."
         names = self.retriever.config[f"{kind}_names"]
         if not names:
@@ -187,7 +195,7 @@ class Reader(DiffusionPipeline):
         setattr(read, kind, [names[i] for i in best.indices.tolist()])
         read.similarities[kind] = best.values.cpu().numpy()
 
-    def judge(self, generated: Generated, wish):
+    def judge(self, generated: Generated, wish: str | int | dict) -> None:
         "The encoder's confidence in a wish, and what it would say itself, into `generated`."
         weights = mixture_weights(wish, self.emotions).numpy()
         read = self.understand(generated.images)
@@ -201,7 +209,7 @@ PARTS = dict(encoder=ExpertQueryModel, mapper=PseudoWordMapper, retriever=Attrib
 
 
 # %% ../nbs/11_pipeline.ipynb #ededc60e
-def check_family(name: str):
+def check_family(name: str) -> None:
     "A `ValueError` unless `name` is that of a Stable Diffusion pipeline's class."
     if name not in FAMILIES["Stable Diffusion 1.x and 2.x"]:
         refuse(f"a {name}")
@@ -224,7 +232,7 @@ class Stored(DiffusionPipeline):
     diffusion_name = None
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs) -> "UniEmoPipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "UniEmoPipeline":
         "From another pipeline's parts, not copied; what it lacks (`encoder=`, ...) is handed in."
         if not isinstance(pipeline, Stored):
             check_family(type(pipeline).__name__)
@@ -265,7 +273,7 @@ class Stored(DiffusionPipeline):
         diffusion: str | Path | None = None,
         # to diffusers
         **kwargs,
-    ):
+    ) -> None:
         "Save to `folder`."
         folder = Path(folder)
         name = None if whole else diffusion or self.diffusion_name
@@ -319,7 +327,9 @@ class Loaded(Stored):
         return pipe
 
     @classmethod
-    def load_whole(cls, folder: Path, space, dtype, **kwargs) -> "UniEmoPipeline":
+    def load_whole(
+        cls, folder: Path, space: EmotionSpace | None, dtype: torch.dtype | None, **kwargs
+    ) -> "UniEmoPipeline":
         "From a folder with all parts, by diffusers."
         if not set(PLACED) & set(kwargs):
             kwargs |= load_parts(folder, kwargs, dtype)
@@ -331,7 +341,9 @@ class Loaded(Stored):
         return pipe
 
     @classmethod
-    def load_own(cls, folder: Path, base: str, space, dtype, **kwargs) -> "UniEmoPipeline":
+    def load_own(
+        cls, folder: Path, base: str, space: EmotionSpace | None, dtype: torch.dtype, **kwargs
+    ) -> "UniEmoPipeline":
         "From a folder with UniEmo's parts, and the diffusion model `base`."
         own = {}
         for part, kind in PARTS.items():
@@ -350,7 +362,9 @@ class Loaded(Stored):
 
 
 # %% ../nbs/11_pipeline.ipynb #2c492ed4
-def check_widths(encoder: ExpertQueryModel, mapper: PseudoWordMapper, text_encoder: CLIPTextModel):
+def check_widths(
+    encoder: ExpertQueryModel, mapper: PseudoWordMapper, text_encoder: CLIPTextModel
+) -> None:
     "A `ValueError` where the mapper was made for another encoder or diffusion model."
     features = encoder.config.backbone_config.hidden_size
     token = text_encoder.get_input_embeddings().embedding_dim
@@ -371,7 +385,7 @@ def check_same_emotions(
     emotions: list,  # names of the encoder's classes
     retriever: AttributeRetriever,
     space: EmotionSpace | None,
-):
+) -> None:
     "A `ValueError` where parts disagree on the emotions or on their order."
     named = dict(retriever=retriever.config.emotions)
     if space is not None:
@@ -389,7 +403,14 @@ class Wishes(Reader, Painter):
     "What looks at a wish before anything is computed."
 
     def check_inputs(
-        self, emotion, num_images, prompt: str, seed, reference, point, sampling: Sampling
+        self,
+        emotion: str | int | dict | None,
+        num_images: int,
+        prompt: str,
+        seed: int,
+        reference: OneImage | None,
+        point: tuple,
+        sampling: Sampling,
     ) -> dict:
         "One clear error for whatever cannot be done; {placeholder: emotion, mixture or None}."
         check_count("num_images", num_images)
@@ -405,7 +426,7 @@ class Wishes(Reader, Painter):
             )
         return wishes
 
-    def read_reference(self, image, wishes: dict) -> tuple:
+    def read_reference(self, image: OneImage, wishes: dict) -> tuple:
         "Features (c, s, o) [1, d] of one image; its own emotion is wanted where none was given."
         images = pil_images(image)
         if len(images) != 1:
@@ -415,7 +436,9 @@ class Wishes(Reader, Painter):
         wishes = {place: own if wish is None else wish for place, wish in wishes.items()}
         return (out.class_features, out.scene_features, out.object_features), wishes
 
-    def edits_of(self, image, num_images: int, sides: tuple, sampling: Sampling) -> Edits | None:
+    def edits_of(
+        self, image: Images | None, num_images: int, sides: tuple, sampling: Sampling
+    ) -> Edits | None:
         "What is edited, once for each candidate; None where nothing is."
         if image is not None:
             edits = Edits.collect(pil_images(image), sampling.mask, num_images, sides)
@@ -504,12 +527,12 @@ class UniEmoPipeline(Wishes, Loaded):
         seed: int = 0,
         *,
         # an image whose own features are the word
-        reference=None,
+        reference: OneImage | None = None,
         # instead of an emotion: a point in [-1, 1] x [-1, 1]
         valence: float | None = None,
         arousal: float | None = None,
         # one to edit, or one for each result; see `strength` and `mask`
-        image=None,
+        image: Images | None = None,
         # every field of `uniemo.sampling.Sampling`, or `sampling=Sampling(...)`
         **sampling,
     ) -> Generated:

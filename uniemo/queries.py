@@ -65,7 +65,7 @@ class InteractionBlock(nn.Module):
         self.mlp = nn.Sequential(wide, ACT2FN[activation], narrow)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         "Truncated normal of 0.02 for matrices, zero for biases."
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -143,7 +143,7 @@ class AffectHead(nn.Module):
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("spread", torch.ones(numbers))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         "Weights drawn anew, ratings of mean 0 and deviation 1."
         self.out.reset_parameters()
         nn.init.zeros_(self.mean)
@@ -202,7 +202,7 @@ class ExpertQueryConfig(PretrainedConfig):
             self._attn_implementation = kwargs["attn_implementation"]
         self.check_settings()
 
-    def check_settings(self):
+    def check_settings(self) -> None:
         "Refuse what does not fit together, before anything is built of it."
         if self.head_inputs not in ("class", "all"):
             raise ValueError(

@@ -16,7 +16,7 @@ __all__ = [
 
 # %% ../nbs/10_space.ipynb #cell-03
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ _all_ = ["KINDS", "PARTS", "low_rank", "seeded_generators"]
 
 
 # %% ../nbs/10_space.ipynb #ddd1dbd4
-def finish(space):
+def finish(space: GrowingSpace) -> dict:
     "What `EmotionSpace.distributions` gives, from the statistics."
     E, D = len(space), space.width
     counts = [count for count, *_ in space.statistics]
@@ -76,7 +76,8 @@ class DrawnSpace(GrowingSpace):
 
     def weights(
         self,
-        emotion,  # as for `mixture_weights`, for all samples; or a list of these, one a sample
+        # as for `mixture_weights`, for all samples; or a list of these, one a sample
+        emotion: str | int | dict | Sequence,
         num_samples: int | None = None,
     ) -> torch.Tensor:
         "float64 [B, E]; emotions without enough images are refused."
@@ -104,12 +105,14 @@ class DrawnSpace(GrowingSpace):
 
     def sample(
         self,
-        emotion,  # name, index or mixture {name: weight}; or a list of these, one a sample
+        # name, index or mixture {name: weight}; or a list of these, one a sample
+        emotion: str | int | dict | Sequence,
         num_samples: int | None = None,
         seed: int = 0,
         start: int = 0,  # sample i is number start + i of the seed
-        generators=None,  # one a sample, in place of seed and start; each gives one number
-        device=None,
+        # one a sample, in place of seed and start; each gives one number
+        generators: torch.Generator | Sequence[torch.Generator] | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> tuple:
         "(c, s, o), each [num_samples, d], None for a part that is not held."
@@ -170,7 +173,7 @@ class EmotionSpace(DrawnSpace):
         "The space in the file `path`, if it is whole."
         return read_space(cls, Path(path))
 
-    def save_pretrained(self, folder: str | Path, **kwargs):
+    def save_pretrained(self, folder: str | Path, **kwargs) -> None:
         "Write `emotion_space.safetensors` into `folder`, as pipelines do with their parts."
         self.save(Path(folder) / "emotion_space.safetensors")
 
@@ -244,7 +247,7 @@ def _features(encode, batch):
 @torch.no_grad()
 def fit_space(
     loader: Iterable,  # batches (c, s, o, labels); with `encode` dicts with `label`
-    encode=None,  # an `ExpertQueryModel`, or a function of a batch: (c, s, o)
+    encode: Callable | None = None,  # an `ExpertQueryModel`, or a function of a batch: (c, s, o)
     emotions: Iterable[str] | None = None,  # names of the labels; the data set's, the encoder's
     kind: str = "lowrank",
     progress: bool = False,

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 # %% ../nbs/05_understanding.ipynb #e3160255
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -39,6 +40,7 @@ from .data.attributes import read_annotations, shown_names
 from .data.batches import make_loader
 from .data.memory import in_memory, random_crops
 from .data.mixing import MixedDataset, mix_tensors, mixing_weights, same_images
+from .data.sets import EmotionData
 from .data.shares import own_part
 from .data.splits import EmotionSplits, training_images
 from .data.transforms import NetworkView, Transform, eval_transform, train_transform
@@ -55,9 +57,10 @@ from uniemo.losses import (
 )
 from .measure.affect import agreement
 from .measure.prior import NameCounts
-from .queries import AFFECT, ExpertQueryModel, attention_maps, train_only
+from .queries import AFFECT, ExpertQueryModel, ExpertQueryOutput, attention_maps, train_only
 from .queries import parts as model_parts
 from .train.batches import MemoryData
+from .train.callbacks import RunLog
 from .train.config import TrainConfig, check_choice, check_weights, settings
 from .train.results import StageResult, run_stage
 from .train.trainer import Stage
@@ -145,7 +148,7 @@ class UnderstandingConfig(TrainConfig):
         ),
     )
 
-    def validate(self):
+    def validate(self) -> None:
         "Refuse what stage 1 cannot have."
         super().validate()
         check_weights("loss_weights", self.loss_weights, "emotion", "scene", "object")
@@ -160,7 +163,8 @@ class UnderstandingConfig(TrainConfig):
 def build_encoder(
     backbone: "Backbone | str | Path",  # or "mini", a folder, a hub id
     config: UnderstandingConfig,
-    emotions=None,  # names of the classes, in the order of their labels; None: Mikels' eight
+    # names of the classes, in the order of their labels; None: Mikels' eight
+    emotions: Iterable[str] | None = None,
     text_dim: int | None = None,  # width of the name features; None: the backbone's own
 ) -> ExpertQueryModel:
     "An encoder before stage 1."
@@ -195,7 +199,9 @@ def encoder_view(model: ExpertQueryModel) -> NetworkView:
 class PassThrough(nn.Module):
     "In the place of an interaction block: queries as they are, attention even."
 
-    def forward(self, queries, tokens):
+    def forward(
+        self, queries: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(queries), 1, queries.shape[1], tokens.shape[1])
         return queries, queries.new_full(shape, 1 / tokens.shape[1])
 
@@ -256,7 +262,7 @@ class UnderstandingStage(Stage):
             getattr(self.model, f"{kind}_projection").weight.requires_grad_(False)
             getattr(self.model, f"{kind}_logit_scale").requires_grad_(False)
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         groups = {}
         for part, named in model_parts(self.model).items():
             trained = {n: p for n, p in named.items() if p.requires_grad}
@@ -264,7 +270,7 @@ class UnderstandingStage(Stage):
             groups[part] = (trained, rate, decay)
         return groups
 
-    def repeated_blocks(self):
+    def repeated_blocks(self) -> list[nn.Module]:
         blocks = list(self.model.view.layers)
         if self.model.config.num_queries:
             blocks += [self.model.scene_interaction, self.model.object_interaction]
@@ -280,7 +286,7 @@ class UnderstandingStage(Stage):
             objects = batch["objects"]
         return scene, objects
 
-    def counts(self, batch: dict):
+    def counts(self, batch: dict) -> torch.Tensor | None:
         if self.config.targets == "identity":
             return None
         one = batch["label"].new_ones(())
@@ -293,11 +299,13 @@ class UnderstandingStage(Stage):
         "Valence and arousal of a batch, float32 [B, 2], NaN where an image has none."
         return torch.stack([batch[name] for name in self.model.config.affect_names], 1).float()
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         out = self.model(batch["pixel_values"])
         return dict(self.understanding(out, batch, counts), accuracy=_accuracy(out.logits, batch))
 
-    def understanding(self, out, batch: dict, counts: torch.Tensor | None = None) -> dict:
+    def understanding(
+        self, out: ExpertQueryOutput, batch: dict, counts: torch.Tensor | None = None
+    ) -> dict:
         "L_U and its parts, of the model's output for `batch`."
         texts = (self.scene_text, self.object_text)
         pairs = [self._pair(n, text) for n, text in zip(self.names(batch), texts)]
@@ -337,10 +345,10 @@ class UnderstandingStage(Stage):
         last = names.shape[1] - 1 - names.flip(1).to(torch.uint8).argmax(1)
         return names.sum(1) > 0, text[last]
 
-    def predict(self, batch: dict):
+    def predict(self, batch: dict) -> dict:
         return self.predictions(self.model(batch["pixel_values"]), batch)
 
-    def predictions(self, out, batch: dict) -> dict:
+    def predictions(self, out: ExpertQueryOutput, batch: dict) -> dict:
         "Logits, label, and of each kind whether the nearest name is the image's own."
         found = dict(logits=out.logits.float(), label=batch["label"])
         if "votes" in batch:
@@ -359,7 +367,7 @@ class UnderstandingStage(Stage):
         right = names.float().gather(1, nearest[:, None])[:, 0]
         return right.masked_fill(names.sum(1) == 0, torch.nan)
 
-    def evaluate(self, predictions: dict):
+    def evaluate(self, predictions: dict) -> dict:
         logits, label = predictions["logits"], predictions["label"]
         loss = classification_loss(logits, predictions.get("votes", label))
         metrics = dict(
@@ -389,10 +397,10 @@ def _accuracy(logits, batch):
 
 # %% ../nbs/05_understanding.ipynb #75185596
 def with_view(
-    data,  # a data set on disk
+    data: EmotionData,  # a data set on disk
     view: NetworkView,
     **views: NetworkView,  # further ones, by name
-):
+) -> EmotionData:
     "The same data set, cropped as before, read as `view` says."
     other = data.subset(np.arange(len(data)))
     geometry = data.transform.geometry
@@ -410,11 +418,11 @@ def _count(data):
 
 
 def plain_batches(
-    data,  # a split: tensors by name, or a data set on disk
+    data: dict | EmotionData,  # a split: tensors by name, or a data set on disk
     view: NetworkView | None = None,  # how a data set is read; None: as it is
     size: int = 100,  # images a batch
     workers: int = 0,
-):
+) -> Iterator[dict]:
     "Batches of a split in order, without augmentation; in `shared_work` of the own part."
     own = own_part(_count(data))
     if isinstance(data, dict):
@@ -453,7 +461,7 @@ class ExtraImages:
 
 
 # %% ../nbs/05_understanding.ipynb #7b992755
-def open_extra(extra: ExtraImages, splits: EmotionSplits, view: NetworkView):
+def open_extra(extra: ExtraImages, splits: EmotionSplits, view: NetworkView) -> EmotionData | dict:
     "The further images, numbered and read as the training images are: a data set or tensors."
     images = extra.images
     if isinstance(images, str | Path):
@@ -472,7 +480,7 @@ def open_extra(extra: ExtraImages, splits: EmotionSplits, view: NetworkView):
 
 
 # %% ../nbs/05_understanding.ipynb #8d6ba07d
-def refuse_known(images, splits: EmotionSplits):
+def refuse_known(images: EmotionData, splits: EmotionSplits) -> None:
     "Refuse images that validation or test asks for too."
     for name in ("val", "test"):
         if same := same_images(images, splits[name]):
@@ -510,8 +518,8 @@ def training_data(
 
 # %% ../nbs/05_understanding.ipynb #7e46dd65
 def ratings_of(
-    data,  # a split: tensors by name, or a data set on disk
-    names=AFFECT,  # of the ratings
+    data: dict | EmotionData,  # a split: tensors by name, or a data set on disk
+    names: Sequence[str] = AFFECT,  # of the ratings
 ) -> np.ndarray:  # float64 [n, names], NaN where an image has none
     "The ratings of a split; what lacks one of them is refused."
     columns = data if isinstance(data, dict) else data.columns
@@ -524,7 +532,7 @@ def ratings_of(
     return np.stack([np.asarray(columns[name], np.float64) for name in names], 1)
 
 
-def prepare_affect(model: ExpertQueryModel, splits: EmotionSplits, seed: int = 0):
+def prepare_affect(model: ExpertQueryModel, splits: EmotionSplits, seed: int = 0) -> None:
     "Let an encoder read the ratings of these images, unless it reads some already."
     new = not model.config.affect_names
     if new:
@@ -550,7 +558,7 @@ def prepare_prior(
     splits: EmotionSplits,
     text: dict,  # kind -> features of the names
     pairs: bool,  # whether pairs of names count beside single ones
-):
+) -> None:
     "Count the names of the training images into an encoder's prior, unless it has one."
     if model.config.prior:
         return
@@ -596,12 +604,14 @@ def _fit_prior(model, train, shown, emotion):
 def train_understanding(
     splits: EmotionSplits,  # on disk, or in memory
     config: UnderstandingConfig,
-    backbone="mini",  # or a folder, a hub id, a `Backbone`, an encoder of your own
+    # or a folder, a hub id, a `Backbone`, an encoder of your own
+    backbone: Backbone | ExpertQueryModel | str | Path = "mini",
     *,
     folder: str | Path | None = None,  # of model, predictions, history, metrics, checkpoints
-    text=None,  # name features by kind ({}: no attribute losses), or whose text tower makes them
+    # name features by kind ({}: no attribute losses), or whose text tower makes them
+    text: dict | TextTower | str | Path | None = None,
     extra: ExtraImages | None = None,  # stage 3
-    run=None,  # a `Run` that is told of losses and metrics
+    run: RunLog | None = None,  # a `Run` that is told of losses and metrics
     progress: bool = True,
 ) -> StageResult:
     "Stage 1, and with `extra` stage 3: a trained encoder, its predictions and metrics."
@@ -658,7 +668,7 @@ def _plain(data, view):
 
 
 # %% ../nbs/05_understanding.ipynb #0a5d5553
-def save_flushed(model, folder: Path, **kwargs):
+def save_flushed(model: ExpertQueryModel, folder: Path, **kwargs) -> None:
     "`save_pretrained` into `folder`, and wait until it has reached the disk."
     with quiet():
         model.save_pretrained(folder, **kwargs)

@@ -7,13 +7,14 @@ __all__ = ["KINDS", "Annotations", "read_annotations", "shown_names", "count_att
 
 # %% ../../nbs/data/attributes.ipynb #6d449755
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from .names import normalize_name
+from .sets import EmotionData
 from ..emotions import MIKELS
 
 KINDS = ("scene", "object")
@@ -38,8 +39,9 @@ class Annotations(NamedTuple):
 
 
 def read_annotations(
-    dataset,  # a data set of `uniemo.data`, or a DataFrame with columns emotion, scene, object
-    emotions,  # of a DataFrame; None: Mikels'
+    # a data set of `uniemo.data`, or a DataFrame with columns emotion, scene, object
+    dataset: EmotionData | pd.DataFrame,
+    emotions: Iterable[str] | None,  # of a DataFrame; None: Mikels'
     names: dict,  # kind -> names of the rows; None: the data set's, or all that occur
 ) -> Annotations:
     "`Annotations` of a data set, or of a DataFrame with columns emotion, scene, object."

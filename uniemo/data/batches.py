@@ -53,7 +53,7 @@ def check_tensors(
     emotions: int = None,  # number of classes
     scenes: int = None,  # number of scenes; None: not looked at
     objects: int = None,  # number of objects; None: not looked at
-):
+) -> None:
     "A `DataError` that names the first image with a number that cannot be."
     _check_lengths(tensors, where)
     numbers = dict(emotions=emotions, scenes=scenes)

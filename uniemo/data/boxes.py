@@ -7,6 +7,7 @@ __all__ = ["boxes_in_cell", "box_mask"]
 
 # %% ../../nbs/data/boxes.ipynb #3b3df9c9
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from .reading import DataError
 
 # %% ../../nbs/data/boxes.ipynb #b7a2f840
 def boxes_in_cell(
-    cell,  # four numbers, a list of fours, JSON of either, or nothing
+    # four numbers, a list of fours, JSON of either, or nothing
+    cell: str | Sequence | np.ndarray | None,
     where: str = "boxes",  # for an error
 ) -> np.ndarray:  # float64 [n, 4]
     "The boxes of one image."

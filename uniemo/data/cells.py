@@ -23,6 +23,7 @@ __all__ = [
 import io
 import json
 import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def use_synonyms(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/data/cells.ipynb #4fcf1f4b
 def spread_votes(
     table: pd.DataFrame,
-    emotions,  # names, in the order of the votes
+    emotions: Iterable[str],  # names, in the order of the votes
     file: str | Path,  # for an error
 ) -> pd.DataFrame:
     "A column `votes` of lists as one column for each of the emotions."
@@ -157,7 +158,7 @@ def read_frame(
 # %% ../../nbs/data/cells.ipynb #5f42a625
 def rename_folded(
     table: pd.DataFrame,
-    names,  # as columns are to be called
+    names: Iterable[str],  # as columns are to be called
 ) -> pd.DataFrame:
     "Columns that differ from one of `names` in case and blanks only, called so."
     wanted, folded = {fold_case(n): n for n in names}, [fold_case(c) for c in table.columns]
@@ -190,7 +191,7 @@ def tidy_cells(column: pd.Series) -> pd.Series:
 
 
 # %% ../../nbs/data/cells.ipynb #addd6bfd
-def names_in_cell(value) -> list[str]:
+def names_in_cell(value: object) -> list[str]:
     "'a; b', '[\"a\", \"b\"]', a list or nothing as a list; a `ValueError` where it is none."
     if isinstance(value, list | tuple | np.ndarray):
         names = list(value)
@@ -212,7 +213,7 @@ def names_in_cell(value) -> list[str]:
 UNKNOWN_NUMBERS = ("na", "n/a", "nan", "none", "null", "-")
 
 
-def numbers_in(text):
+def numbers_in(text: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     "Of tidy cells: float32 [n], NaN where empty, and which are no finite number."
     unknown = text.map(lambda v: v is None or str(v).lower() in UNKNOWN_NUMBERS).to_numpy(bool)
     with np.errstate(over="ignore"):
@@ -222,7 +223,7 @@ def numbers_in(text):
 
 
 # %% ../../nbs/data/cells.ipynb #229eb2de
-def image_bytes(cells):
+def image_bytes(cells: Iterable) -> list[bytes | None] | None:
     "Bytes of each image, None where a cell gives a path; None if no cell holds an image."
 
     def inside(cell):
@@ -233,14 +234,16 @@ def image_bytes(cells):
     return found if any(data is not None for data in found) else None
 
 
-def path_in_cell(cell):
+def path_in_cell(cell: object) -> str:
     "The path that a cell gives, or ''."
     path = cell.get("path") if isinstance(cell, dict) else cell
     return path if isinstance(path, str) else ""
 
 
 # %% ../../nbs/data/cells.ipynb #aed84217
-def vote_shares(table, emotions):
+def vote_shares(
+    table: pd.DataFrame, emotions: Iterable[str]
+) -> tuple[np.ndarray, list[str | None]]:
     "Votes as shares float64 [n, E], and of each row what is wrong with its votes, or None."
     numbers = table[list(emotions)].apply(pd.to_numeric, errors="coerce")
     votes = numbers.to_numpy(np.float64, na_value=np.nan)
@@ -256,7 +259,7 @@ def vote_shares(table, emotions):
     return votes / votes.sum(1, keepdims=True), said
 
 
-def label_numbers(column, emotions):
+def label_numbers(column: Iterable, emotions: Collection[str]) -> np.ndarray:
     "The class of each label, int64 [n], -1 where it is unknown: by name, or by number."
     place = {str(i): i for i in range(len(emotions))} | {n: i for i, n in enumerate(emotions)}
     near = {fold_case(n): i for n, i in place.items()}
@@ -270,7 +273,9 @@ def label_numbers(column, emotions):
 
 
 # %% ../../nbs/data/cells.ipynb #4160f03f
-def column_called(table, names, file, needed=True):
+def column_called(
+    table: pd.DataFrame, names: Sequence[str], file: str | Path, needed: bool = True
+) -> str | None:
     "Which of `names` is a column."
     found = next((n for n in names if n in table.columns), None)
     if found or not needed:

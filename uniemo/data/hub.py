@@ -15,7 +15,10 @@ __all__ = [
 # %% ../../nbs/data/hub.ipynb #261a4adc
 import importlib
 import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +48,7 @@ def data_place(data: str | Path) -> str:
 
 
 # %% ../../nbs/data/hub.ipynb #4d97f0fb
-def import_datasets():
+def import_datasets() -> ModuleType:
     "The library, or a `DataError` that says how to get it."
     try:
         return importlib.import_module("datasets")
@@ -90,14 +93,14 @@ def open_parts(root: str | Path) -> dict:
 
 
 # %% ../../nbs/data/hub.ipynb #0e5645f5
-def image_column(data) -> str | None:
+def image_column(data: Any) -> str | None:
     "The first column of images, or None."
     library = import_datasets()
     kinds = data.features.items()
     return next((name for name, kind in kinds if isinstance(kind, library.Image)), None)
 
 
-def frame_of(data) -> pd.DataFrame:
+def frame_of(data: Any) -> pd.DataFrame:
     "All columns but the images; numbers of a `ClassLabel` as names."
     image = image_column(data)
     rest = data.remove_columns([image]) if image else data
@@ -156,7 +159,7 @@ class EmotionArrow(EmotionTable):
         "A row, counted from 0 as the library does."
         return f"{self._file}, row {row}"
 
-    def source(self, i: int):
+    def source(self, i: int) -> Path | io.BytesIO:
         "The file of image `i`, read from the data set now."
         if not self._image:
             return super().source(i)
@@ -183,8 +186,10 @@ class EmotionStream(IterableDataset):
 
     def __init__(
         self,
-        rows,  # an iterable of dicts: `datasets.load_dataset(..., streaming=True)[split]`
-        transform=None,  # source, generator -> dict of tensors; None: `eval_transform()`
+        # an iterable of dicts: `datasets.load_dataset(..., streaming=True)[split]`
+        rows: Iterable[dict],
+        # source, generator -> dict of tensors; None: `eval_transform()`
+        transform: Callable | None = None,
         emotions: EmotionSet = None,  # None: of the `ClassLabel`, or Mikels' eight
         image: str = "image",  # the column of images
     ):

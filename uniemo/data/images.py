@@ -8,6 +8,7 @@ __all__ = ["SUFFIXES", "to_rgb", "read_image"]
 # %% ../../nbs/data/images.ipynb #8cf4d517
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,8 @@ def _undecodable(source, name, error):
 # %% ../../nbs/data/images.ipynb #2ce1ad18
 def read_image(
     source: str | Path | io.IOBase,  # a path, or a binary file
-    reduce=1,  # how much smaller a JPEG may be decoded, or a function of upright width, height
+    # how much smaller a JPEG may be decoded, or a function of upright width, height
+    reduce: int | Callable[[int, int], int] = 1,
     name: str = None,  # what an error calls the file; None: its path
 ) -> Image.Image:
     "Upright RGB image of `source`; a `DataError` names the file and the remedy."

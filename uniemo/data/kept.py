@@ -11,6 +11,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,8 @@ def _check_notes(notes, names, folder):
 # %% ../../nbs/data/kept.ipynb #f820b932
 def write_annotated(
     folder: str | Path,  # new or empty, so that no image of another round stays in it
-    images,  # one a note: paths, Pillow images or uint8 [H, W, 3]; may be made as they are read
+    # one a note: paths, Pillow images or uint8 [H, W, 3]; may be made as they are read
+    images: Iterable,
     notes: list[dict],  # an annotation each: `image_id`, `emotion`, perhaps `scene`, `object`, ...
     names: dict,  # `emotion`, `scene`, `object` -> names in the order of their numbers
     quality: int | None = 95,  # of JPEGs; None: PNG, without loss
@@ -186,7 +188,8 @@ def write_kept(
     table: pd.DataFrame,  # of the filter: `emotion`, `kept`, `reason`, scores, one row a candidate
     folder: str | Path,  # new or empty
     names: dict,  # `emotion`, `scene`, `object` -> names in the order of the real set
-    images=None,  # one a row, also those dropped; None: files of the column `path`
+    # one a row, also those dropped; None: files of the column `path`
+    images: Sequence | None = None,
     label_by: str = "shown",  # or "retrieved": what the image was made with
     quality: int | None = 95,  # of JPEGs; None: PNG, without loss
     progress: bool = False,

@@ -8,6 +8,7 @@ __all__ = ["in_threads", "columns_of", "ImageFiles"]
 # %% ../../nbs/data/lookup.ipynb #7d09230b
 import io
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from .transforms import eval_transform
 
 # %% ../../nbs/data/lookup.ipynb #0e22018d
 def in_threads(
-    function,  # of an index
+    function: Callable[[int], object],  # of an index
     number: int,  # of indices
     progress: bool = False,  # show a bar
     title: str = "",  # of the bar
-):
+) -> Iterator:
     "What `function` gives for 0, 1, ..., in order."
     threads = min(32, 2 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(threads) as pool:
@@ -68,7 +69,8 @@ class ImageFiles(Dataset):
     def __init__(
         self,
         root: str | Path,  # the folder at which all paths start
-        transform=None,  # source, generator -> dict of tensors; None: `eval_transform()`
+        # source, generator -> dict of tensors; None: `eval_transform()`
+        transform: Callable | None = None,
         seed: int = 0,  # of the augmentations
         allow_links: bool = False,  # follow links that lead out of the root
     ):
@@ -81,7 +83,7 @@ class ImageFiles(Dataset):
     def __len__(self):
         return len(self.columns["path"])
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         "Draw other augmentations; also reaches workers that are already running."
         self._epoch.fill_(int(epoch))
 
@@ -102,7 +104,7 @@ class ImageFiles(Dataset):
             )
         return path
 
-    def source(self, i: int):
+    def source(self, i: int) -> str | Path | io.BytesIO:
         "Where image `i` is read from: a path, or a binary file where the table holds it."
         if "bytes" not in self.columns:
             return self.file(self.columns["path"][i])

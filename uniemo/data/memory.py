@@ -7,10 +7,12 @@ __all__ = ["memory_size", "in_memory", "random_crops"]
 
 # %% ../../nbs/data/memory.ipynb #cell-03
 import math
+from collections.abc import Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .shares import draw_rows
@@ -18,7 +20,7 @@ from .shares import draw_rows
 
 # %% ../../nbs/data/memory.ipynb #cell-06
 def memory_size(
-    data,  # a data set
+    data: Sized,  # a data set
     size: int,  # of an image's side, in pixels
 ) -> int:
     "Bytes of `data` in memory, float32 [n, 3, size, size]."
@@ -27,7 +29,7 @@ def memory_size(
 
 # %% ../../nbs/data/memory.ipynb #9c1f6d96
 def in_memory(
-    data,  # a data set
+    data: Dataset,  # a data set
     threads: int = 2,  # that decode
     progress: bool = False,  # show a bar
 ) -> dict:
@@ -49,7 +51,7 @@ def random_crops(
     scale: tuple = (0.7, 1.0),  # share of the image's area, from and to
     ratio: tuple = (3 / 4, 4 / 3),  # width by height, from and to
     flip: float = 0.5,  # probability of the mirror image
-):
+) -> Callable[[dict], dict]:
     "A `transform` for `MemoryData`: `pixel_values` [B, 3, H, W] cropped, by torch's seed."
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(

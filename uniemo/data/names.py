@@ -20,6 +20,7 @@ import os
 import posixpath
 import re
 import unicodedata
+from collections.abc import Callable, Collection, Iterable
 
 from .reading import DataError
 from .spelling import closest
@@ -39,8 +40,8 @@ def fold_case(name: str) -> str:
 
 # %% ../../nbs/data/names.ipynb #a7b6f419
 def spellings(
-    cells,  # names, or None where there is none
-    same=fold_case,  # what two spellings of one name share
+    cells: Iterable[str | None],  # names, or None where there is none
+    same: Callable[[str], str] = fold_case,  # what two spellings of one name share
 ) -> dict:
     "The names in a column: what the spellings of each share -> these, the commonest first."
     counts, found = collections.Counter(str(v) for v in cells if v is not None), {}
@@ -50,7 +51,7 @@ def spellings(
 
 
 # %% ../../nbs/data/names.ipynb #db8287e8
-def look_alikes(names, known) -> list:
+def look_alikes(names: Iterable[str], known: Collection[str]) -> list:
     "Pairs (name, one of `known` that it may be a misspelling of)."
 
     def bare(name):

@@ -19,7 +19,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -28,7 +28,7 @@ import pandas as pd
 class DataError(ValueError):
     "Something in a data set that cannot be used: which `path`, what `problem`, and the `remedy`."
 
-    def __init__(self, path, problem="", remedy=""):
+    def __init__(self, path: str | Path, problem: str = "", remedy: str = ""):
         # with one argument it is the message, as it comes back from a worker process
         super().__init__(f"{path}: {problem}. {remedy}" if problem else str(path))
         self.path, self.problem, self.remedy = str(path), problem, remedy
@@ -48,7 +48,7 @@ class Problem(NamedTuple):
     remedy: str
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         "The problem without what is special to this entry."
         return self.problem.split(":")[0]
 
@@ -172,7 +172,7 @@ def decode_text(data: bytes) -> str:
 def read_json(
     path: str | Path,
     remedy: str,  # what to do where it cannot be read
-):
+) -> Any:
     "The content of a JSON file."
     data = read_bytes(path, remedy)
     try:

@@ -11,11 +11,13 @@ import hashlib
 import io
 import operator
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from .images import read_image
 from .lookup import ImageFiles, in_threads
@@ -27,8 +29,8 @@ from ..emotions import MIKELS, EmotionSet
 # %% ../../nbs/data/sets.ipynb #30d135c9
 def warn_of_likeness(
     where: str | Path,  # what the warning names as the place
-    emotions,  # names of a label set that was found in the data
-):
+    emotions: EmotionSet | Sequence[str],  # names of a label set that was found in the data
+) -> None:
     "A warning where names may be misspelt, or are nearly Mikels' eight."
     if emotions is MIKELS:
         return
@@ -67,7 +69,8 @@ class EmotionData(ImageFiles):
         self,
         root: str | Path,  # the folder at which all paths start
         split: str = None,  # which one; None where the layout has none
-        transform=None,  # source, generator -> dict of tensors; None: `eval_transform()`
+        # source, generator -> dict of tensors; None: `eval_transform()`
+        transform: Callable | None = None,
         on_error: str = "raise",  # "raise" stops at the first problem, "skip" leaves entries out
         seed: int = 0,  # of the augmentations
         allow_links: bool = False,  # follow links that lead out of the root
@@ -176,7 +179,7 @@ class EmotionData(ImageFiles):
                 objects[place] = 1.0
         return scene, objects
 
-    def examine(self, i: int):
+    def examine(self, i: int) -> tuple[list[DataError], str | None]:
         "Read image and annotation `i`: the `DataError`s found, and the hash of the file or None."
         found, digest, path = [], None, self.columns["path"][i]
         try:
@@ -210,7 +213,7 @@ class EmotionData(ImageFiles):
 
     # ---- other sets of the same files
 
-    def subset(self, indices) -> "EmotionData":
+    def subset(self, indices: ArrayLike) -> "EmotionData":
         "The images at `indices` (integers or a mask), in that order."
         indices = np.asarray(indices)
         if indices.dtype != bool:
@@ -238,7 +241,12 @@ class EmotionData(ImageFiles):
         other.columns["label"] = other.columns["votes"].argmax(1)
         return other
 
-    def numbered_as(self, emotions, scene_names=(), object_names=()) -> "EmotionData":
+    def numbered_as(
+        self,
+        emotions: Iterable[str],
+        scene_names: Sequence[str] = (),
+        object_names: Sequence[str] = (),
+    ) -> "EmotionData":
         "The same images with all numbers as in these names; kinds without names rest."
         known = dict(
             emotion=tuple(emotions),

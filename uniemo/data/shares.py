@@ -192,7 +192,7 @@ def is_first() -> bool:
     return process_place()[0] == 0
 
 
-def wait_for_all():
+def wait_for_all() -> None:
     "Go on when all processes that share the work are here."
     if process_place()[1] > 1:
         dist.barrier()

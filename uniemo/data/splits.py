@@ -18,7 +18,9 @@ from .checking import NO_DATA, find_layout, find_root, load_data
 from .folders import SPLIT_NAMES
 from .memory import in_memory
 from .reading import DataError
+from .sets import EmotionData
 from .transforms import ByteView, NetworkView, eval_transform
+from ..emotions import EmotionSet
 
 
 # %% ../../nbs/data/splits.ipynb #c5830f1d
@@ -66,7 +68,7 @@ def _check_train(root, own, other):
 def training_images(
     data: str | Path,  # a data set of any layout
     **kwargs,  # to `load_data`
-):
+) -> EmotionData:
     "The split 'train' of `data`, or all of a data set without splits."
     return load_data(Path(data), _usual_splits(Path(data))["train"], **kwargs)
 
@@ -122,14 +124,14 @@ class EmotionSplits:
         self,
         splits: dict,  # name -> data set on disk, or dict of tensors [n, ...] by name
         names: dict,  # `scene` and `object` -> their names, or None where there are none
-        emotions,  # the `EmotionSet` of the labels
+        emotions: EmotionSet,  # of the labels
         specs: dict = None,  # name -> what each painted image shows; None for photographs
     ):
         self.splits, self.names = splits, names
         self.emotions, self.specs = emotions, specs
         self.validate()
 
-    def validate(self):
+    def validate(self) -> None:
         "A `DataError` that names the first image of a split in memory that cannot be used."
         scenes, objects = (
             len(self.names[k]) if self.names[k] else None for k in ("scene", "object")

@@ -15,8 +15,10 @@ __all__ = [
 ]
 
 # %% ../../nbs/data/transforms.ipynb #2b918198
+import io
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ class RandomCrop:
     # probability of the mirror image
     flip: float = 0.5
 
-    def draw(self, width, height, rng):
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[tuple, bool]:
         "(x0, y0, x1, y1) in fractions of `width` x `height` pixels, and whether to mirror."
         for _ in range(10):
             area = rng.uniform(*self.scale) * width * height
@@ -69,7 +71,7 @@ class CentreCrop:
     # probability of the mirror image
     flip: float = 0.0
 
-    def draw(self, width, height, rng):
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[tuple, bool]:
         "(x0, y0, x1, y1) in fractions of `width` x `height` pixels, and whether to mirror."
         side = self.fraction * min(width, height)
         w = side / width
@@ -91,7 +93,7 @@ class NetworkView:
     # interpolation, as `torch.nn.functional.interpolate` calls it
     resample: str = "bicubic"
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         "uint8 [1, 3, h, w] -> float32 [3, size, size], normalised."
         side = (self.size, self.size)
         x = F.interpolate(pixels, size=side, mode=self.resample, antialias=True)[0]
@@ -109,7 +111,7 @@ class ByteView(NetworkView):
     mean: tuple = (0.0, 0.0, 0.0)
     std: tuple = (1 / 255, 1 / 255, 1 / 255)
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().__call__(pixels).round().clamp(0, 255).byte()
 
 
@@ -126,8 +128,9 @@ class Transform:
 
     def __call__(
         self,
-        source,  # a path, a binary file or a Pillow image
-        rng=None,  # a NumPy generator; None: the draw follows torch's seed
+        source: str | Path | io.IOBase | Image.Image,  # a path, a binary file or a Pillow image
+        # a NumPy generator; None: the draw follows torch's seed
+        rng: np.random.Generator | None = None,
     ) -> dict:
         "Name of a view -> float32 [3, size, size]."
         if rng is None:

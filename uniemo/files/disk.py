@@ -26,6 +26,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # %% ../../nbs/files/disk.ipynb #9c41e465
 FETCH = "fetch or train it again"
@@ -81,7 +82,7 @@ def describe_file(
 def check_regular(
     path: str | Path,
     error: type[Exception] = FileError,  # raised where `path` is no regular file
-):
+) -> None:
     "Let only a regular file pass: to read a pipe or a device may never end."
     path = Path(path)
     if not path.exists():
@@ -99,7 +100,7 @@ def check_regular(
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def flush(path: str | Path):
+def flush(path: str | Path) -> None:
     "Let a file or a folder reach the disk before we go on."
     if os.name == "nt" and Path(path).is_dir():
         return  # Windows has no such thing for folders
@@ -140,7 +141,7 @@ def write_file(
     path: str | Path,  # the file's final place; its folder is made where it is missing
     content: bytes | str | Callable[[Path], None],  # or a function that writes a file at a path
     need: int | None = None,  # bytes that a function will write, for the message of a full disk
-):
+) -> None:
     "Write a file whole or not at all: a neighbour first, flushed to the disk, then renamed."
     path = Path(path)
     part = path.with_name(f".{path.name}.tmp")
@@ -170,7 +171,7 @@ def read_json(
     limit: int = 2**28,  # bytes; a list of all of EmoSet-118K has 2**24
     error: type[Exception] = FileError,  # raised for what is no JSON
     remedy: str = FETCH,
-):
+) -> Any:
     "The content of a JSON file; a file that is too large, or no JSON, in one error."
     path = Path(path)
     check_regular(path, error)

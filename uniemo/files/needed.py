@@ -113,7 +113,7 @@ def look_for(
 # %% ../../nbs/files/needed.ipynb #fad56204
 def refuse_missing(
     files: pd.DataFrame,  # rows of `look_for`
-):
+) -> None:
     "One `FileNotFoundError` that names every file that is missing or broken."
     missing = files[files["there"] != "yes"]
     if not len(missing):

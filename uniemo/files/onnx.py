@@ -29,6 +29,9 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..fusion import pseudo_words
+from ..pipeline import UniEmoPipeline
+
 
 # %% ../../nbs/files/onnx.ipynb #445b076c
 class OnnxEncoder(nn.Module):
@@ -39,11 +42,11 @@ class OnnxEncoder(nn.Module):
     free_batch = False
     outputs = ("probabilities", "c", "s", "o", "scene_map", "object_map")
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: UniEmoPipeline):
         super().__init__()
         self.encoder = pipe.encoder
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.encoder(pixel_values)
         prefix = self.encoder.view.prefix
         grid = self.encoder.view.grid()
@@ -64,13 +67,13 @@ class OnnxWords(nn.Module):
     free_batch = False
     outputs = ("words", "scene", "object")
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: UniEmoPipeline):
         super().__init__()
         self.encoder, self.mapper, self.retriever = pipe.encoder, pipe.mapper, pipe.retriever
 
-    def forward(self, c, s, o, weights):
-        from uniemo.fusion import pseudo_words
-
+    def forward(
+        self, c: torch.Tensor, s: torch.Tensor, o: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         words, found = pseudo_words(self.encoder, self.mapper, self.retriever, c, s, o, weights)
         words = words if words.ndim == 3 else words[:, None]
         return words, found.scene, found.object
@@ -84,11 +87,11 @@ class OnnxText(nn.Module):
     free_batch = True
     outputs = ("states",)
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: UniEmoPipeline):
         super().__init__()
         self.text_encoder = pipe.text_encoder
 
-    def forward(self, ids, mask, values):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         def replace(module, args, output):
             return torch.where(mask[..., None] > 0, values, output)
 
@@ -108,11 +111,13 @@ class OnnxDenoiser(nn.Module):
     free_batch = True
     outputs = ("prediction",)
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: UniEmoPipeline):
         super().__init__()
         self.unet = pipe.unet
 
-    def forward(self, latents, timestep, states):
+    def forward(
+        self, latents: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor
+    ) -> torch.Tensor:
         return self.unet(latents, timestep, encoder_hidden_states=states, return_dict=False)[0]
 
 
@@ -123,11 +128,11 @@ class OnnxDecoder(nn.Module):
     free_batch = True
     outputs = ("picture",)
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: UniEmoPipeline):
         super().__init__()
         self.vae = pipe.vae
 
-    def forward(self, latents):
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
         decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
         return (decoded / 2 + 0.5).clamp(0, 1)
 
@@ -145,7 +150,7 @@ NETWORKS = dict(
 # %% ../../nbs/files/onnx.ipynb #f1d99a86
 @torch.no_grad()
 def example_inputs(
-    pipe,  # a `UniEmoPipeline`
+    pipe: UniEmoPipeline,
     size: int = 2,  # of the batch, where that is free
     seed: int = 0,
 ) -> dict[str, tuple]:  # part -> tensors, in the order of its `inputs`
@@ -178,7 +183,7 @@ def example_inputs(
 
 
 # %% ../../nbs/files/onnx.ipynb #2ea3af2c
-def check_onnx():
+def check_onnx() -> None:
     "An `ImportError` with the remedy where the extra is not installed."
     try:
         import onnx  # noqa: F401
@@ -197,7 +202,7 @@ def export_network(
     example: tuple,  # tensors, in the order of its `inputs`
     path: str | Path,
     quick: bool = False,  # by PyTorch's older exporter, in a tenth of the time
-):
+) -> None:
     "Write one network as an ONNX file."
     how = dict(input_names=network.inputs, output_names=network.outputs, verbose=False)
     free = {0: "batch"}
@@ -219,7 +224,7 @@ def export_network(
 
 # %% ../../nbs/files/onnx.ipynb #bd0923fc
 def export_onnx(
-    pipe,  # a `UniEmoPipeline` on the CPU, float32, with queries
+    pipe: UniEmoPipeline,  # on the CPU, float32, with queries
     folder: str | Path,  # made where it is missing
     parts: tuple[str, ...] = tuple(NETWORKS),
     quick: bool = False,  # see `export_network`
@@ -256,7 +261,7 @@ def run_onnx(
 
 @torch.no_grad()
 def compare_onnx(
-    pipe,  # what they were exported from
+    pipe: UniEmoPipeline,  # what they were exported from
     paths: dict[str, Path],  # of `export_onnx`
     size: int = 3,
     seed: int = 1,

@@ -13,7 +13,9 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ LIMIT = 2**24  # items or bytes; EmoGen's largest pickle has 2**13
 
 
 def count_items(
-    content,  # of tensors, arrays and built-in containers
+    content: object,  # of tensors, arrays and built-in containers
     limit: int = LIMIT,  # counting ends here, with RefusedFile
 ) -> int:
     "How many items one meets on a way through a content, shared ones as often as they stand there."
@@ -66,7 +68,7 @@ def count_items(
 def read_torch(
     path: str | Path,
     admit: tuple[type, ...] = (argparse.Namespace,),  # classes beside tensors and containers
-):  # the content, on the CPU
+) -> Any:  # the content, on the CPU
     "The content of a torch file; what is not admitted is refused by name and never run."
     path = Path(path)
     check_regular(path, RefusedFile)
@@ -151,7 +153,7 @@ PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[SU]\d{1,9}|O8?")
 class Pending:
     "A dtype or an array whose state comes with the next opcode; `build(state)` gives its `value`."
 
-    def __init__(self, build):
+    def __init__(self, build: Callable):
         self.build, self.value = build, None
 
 
@@ -275,19 +277,19 @@ def _then(load, look):
 class PlainUnpickler(pickle._Unpickler):
     "Makes nothing but what `ADMITTED` makes, and not more of it than the file's size allows."
 
-    def __init__(self, data):
+    def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data))
         self.pending, self.depth, self.items = [], {}, {}
         self.left = LIMIT + 16 * len(data)  # items and bytes that may still be made
 
-    def load(self):
+    def load(self) -> Any:
         content = super().load()
         if any(thing.value is None for thing in self.pending):
             raise RefusedFile("an array or dtype without its state")
         count_items(content)
         return content
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module
         key = re.sub(r"^numpy\._core\b", "numpy.core", module), name
         if key not in ADMITTED:
@@ -357,7 +359,7 @@ class PlainUnpickler(pickle._Unpickler):
 def read_pickle(
     path: str | Path,
     limit: int = 2**28,  # bytes of the file
-):  # arrays and built-in containers
+) -> Any:  # arrays and built-in containers
     "The content of a pickle; what is not admitted is refused by name, before it is run."
     path = Path(path)
     check_regular(path, RefusedFile)

@@ -22,6 +22,7 @@ import importlib
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -115,16 +116,16 @@ def base_place(
 
 
 # %% ../../nbs/files/pipelines.ipynb #ed618e6d
-def copy_lora(source: str | Path, target: str | Path):
+def copy_lora(source: str | Path, target: str | Path) -> None:
     "Copy the LoRA of one folder, where there is one, to another."
     if (Path(source) / LORA_FOLDER).exists():
         shutil.copytree(Path(source) / LORA_FOLDER, Path(target) / LORA_FOLDER, dirs_exist_ok=True)
 
 
 def load_lora(
-    diffusion,  # a diffusers pipeline
+    diffusion: Any,  # a diffusers pipeline
     folder: str | Path,
-):
+) -> None:
     "Load the LoRA that a folder holds, where there is one."
     if (Path(folder) / LORA_FOLDER).exists():
         diffusion.load_lora_weights(Path(folder) / LORA_FOLDER)

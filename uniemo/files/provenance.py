@@ -36,7 +36,7 @@ def _as_text(value):
 def write_provenance(
     path: Path,  # a PNG file, written anew with the same pixels
     texts: dict[str, str],
-):
+) -> None:
     "Put texts into a PNG file."
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo

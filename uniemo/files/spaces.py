@@ -8,7 +8,9 @@ __all__ = ["PARTS", "write_space", "read_space", "space_of_statistics"]
 # %% ../../nbs/files/spaces.ipynb #cbd3b7b9
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ def _listed(names):
 
 
 # %% ../../nbs/files/spaces.ipynb #5bca625e
-def space_tensors(space, statistics):
+def space_tensors(space: Any, statistics: bool) -> dict[str, torch.Tensor]:
     "What a file holds."
     f = space.distributions()
     tensors = {name: f[name] for name in ("mean", "std", "factors") if name in f}
@@ -43,7 +45,7 @@ def space_tensors(space, statistics):
 
 
 # %% ../../nbs/files/spaces.ipynb #3605d38b
-def space_shapes(space, counts, statistics):
+def space_shapes(space: Any, counts: Sequence[int | None], statistics: bool) -> dict[str, tuple]:
     "dict name -> shape of the tensors that a space of `counts` images needs; a bank's size is its."
     E, D = len(space), space.width
     shapes = dict(mean=(E, D), std=(E, D))
@@ -62,7 +64,7 @@ def space_shapes(space, counts, statistics):
 
 
 # %% ../../nbs/files/spaces.ipynb #c268f3c0
-def write_space(space, path: Path, statistics: bool) -> Path:
+def write_space(space: Any, path: Path, statistics: bool) -> Path:
     "Write a space into one file."
     about = space.settings | dict(count=space.distributions()["count"])
     about |= dict(statistics=statistics, info={}, version=1)
@@ -102,7 +104,7 @@ def _empty_space(cls, path):
 
 
 # %% ../../nbs/files/spaces.ipynb #b2eb299e
-def read_space(cls, path):
+def read_space(cls: type, path: str | Path) -> Any:
     "The space in a file."
     space, about = _empty_space(cls, path)
     counts, with_statistics = about["count"], about["statistics"]
@@ -127,7 +129,7 @@ def read_space(cls, path):
 
 
 # %% ../../nbs/files/spaces.ipynb #99582694
-def space_of_statistics(cls, pairs: dict):
+def space_of_statistics(cls: type, pairs: dict) -> Any:
     "A `diagonal` space of emotion -> part -> (mean, standard deviation), each [d]."
     if not pairs:
         raise ValueError("no emotion has a mean and a standard deviation")

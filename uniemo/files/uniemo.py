@@ -173,7 +173,7 @@ class UniEmoFiles:
 # %% ../../nbs/files/uniemo.ipynb #030dac95
 def read_state(
     path: str | Path,
-    content=None,  # a state dict of that file that was read already
+    content: dict | None = None,  # a state dict of that file that was read already
 ) -> dict[str, torch.Tensor]:
     "The state dict in a torch file, without the prefixes that wrappers leave, all values finite."
     state = read_torch(path) if content is None else content

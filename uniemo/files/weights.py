@@ -21,9 +21,10 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +47,7 @@ class WeightsError(FileError):
 
 
 # %% ../../nbs/files/weights.ipynb #ddb7c361
-def list_names(names, limit: int = 5) -> str:
+def list_names(names: Iterable[str], limit: int = 5) -> str:
     "The first names of a collection, and how many more there are."
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -64,10 +65,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
 # %% ../../nbs/files/weights.ipynb #35790202
 def check_tensors(
     tensors: Mapping[str, torch.Tensor],
-    expected,  # names that must be there, or dict name -> shape; None: only finite
+    # names that must be there, or dict name -> shape; None: only finite
+    expected: Collection[str] | Mapping[str, tuple] | None,
     path: str | Path,  # for the message
     remedy: str = FETCH,
-):
+) -> None:
     "Refuse tensors that are incomplete, of another shape, too many, or not finite, by name."
     if expected is not None:
         if missing := set(expected) - set(tensors):
@@ -94,7 +96,7 @@ def check_state(
     tensors: Mapping[str, torch.Tensor],  # a state dict that `module` is to load
     path: str | Path,
     remedy: str = FETCH,
-):
+) -> None:
     "`check_tensors` against the names and shapes of a module's own state."
     check_tensors(tensors, {k: v.shape for k, v in module.state_dict().items()}, path, remedy)
 
@@ -102,7 +104,8 @@ def check_state(
 # %% ../../nbs/files/weights.ipynb #2ba38e30
 def read_tensors(
     path: str | Path,
-    expected=None,  # names that must be there, or dict name -> shape; None: whatever there is
+    # names that must be there, or dict name -> shape; None: whatever there is
+    expected: Collection[str] | Mapping[str, tuple] | None = None,
     what: str = "weights",  # what the file should hold, for the message
     remedy: str = FETCH,
 ) -> dict[str, torch.Tensor]:  # on the CPU
@@ -131,7 +134,7 @@ def read_metadata(
     key: str,  # which entry of the file's metadata
     what: str = "weights",
     remedy: str = FETCH,
-):
+) -> Any:
     "The JSON value under `key` in the metadata of a safetensors file; None where there is none."
     check_regular(path, WeightsError)
     try:
@@ -146,7 +149,7 @@ def write_tensors(
     path: str | Path,
     tensors: Mapping[str, torch.Tensor],
     **metadata,  # JSON values that stand in the file's head
-):
+) -> None:
     "Write a safetensors file whole or not at all."
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -172,7 +175,7 @@ def strip_wrappers(
 
 # %% ../../nbs/files/weights.ipynb #becb3c58
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     "Loading without the reports, bars and advice of transformers, diffusers and accelerate."
     from transformers.utils import logging as transformers_bars
 
@@ -204,7 +207,7 @@ def load_pretrained(
     remedy: str = FETCH,
     foreign: str | None = None,  # of others: pattern of names that may lack; the surplus is ignored
     **kwargs,  # to `load`
-):
+) -> nn.Module | tuple:
     "The model that `load(name)` gives, if its folder is whole: complete, right shapes, finite."
     if kwargs.pop("output_loading_info", False):
         return load(name, output_loading_info=True, **kwargs)

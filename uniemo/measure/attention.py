@@ -7,6 +7,7 @@ __all__ = ["pointing", "pointing_table", "class_attention"]
 
 # %% ../../nbs/measure/attention.ipynb #234cd967
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,7 @@ def pointing_table(
 # %% ../../nbs/measure/attention.ipynb #1ae42511
 @torch.no_grad()
 def class_attention(
-    backbone,  # a `Backbone`, which this shelf does not import
+    backbone: Any,  # a `Backbone`, which this shelf does not import
     pixel_values: torch.Tensor,  # [B, 3, H, W], normalised, on the backbone's device
 ) -> torch.Tensor:
     "Maps [layers, B, rows, columns] of the class token's attention; each sums to 1."

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from .intervals import Interval, as_array, bootstrap
@@ -263,7 +264,7 @@ def _of_blocks(a, b):
 def plot_against_truth(
     logits: Mapping[str, ArrayLike],  # change -> [N, E], with `base`
     truth: Mapping[str, ArrayLike],  # change -> true probabilities
-):  # matplotlib's Axes
+) -> Axes:
     "Movement of a model's belief against that of Bayes, a point an image."
     ax = new_axes(None, 4.6, 4.2)
     ax.plot([0, 1], [0, 1], color=".6", lw=1, ls=":")

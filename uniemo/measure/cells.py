@@ -117,7 +117,7 @@ class CellFile:
         "How many cells have another key."
         return sum(cell["key"] != self.key_of(cell["arm"]) for cell in self.read())
 
-    def add(self, arm: str, size: int, seed: int, values: Mapping, seconds: float):
+    def add(self, arm: str, size: int, seed: int, values: Mapping, seconds: float) -> None:
         "Write one cell down, on the disk before this returns."
         values = {name: float(value) for name, value in values.items()}
         cell = dict(arm=arm, size=int(size), seed=int(seed), values=values)

@@ -6,6 +6,8 @@
 __all__ = ["psnr", "ssim", "kept_content"]
 
 # %% ../../nbs/measure/content.ipynb #498eeb18
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -17,8 +19,8 @@ from .networks import apply_network, as_images
 # %% ../../nbs/measure/content.ipynb #680cbf2f
 def image_pairs(
     # as for `as_images`
-    edited,
-    originals,
+    edited: torch.Tensor | np.ndarray | Sequence,
+    originals: torch.Tensor | np.ndarray | Sequence,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Both as float32 [N, 3, H, W] in [0, 1]; a `ValueError` where they do not fit."
     x, y = as_images(edited, "edited"), as_images(originals, "originals")
@@ -33,8 +35,8 @@ def image_pairs(
 # %% ../../nbs/measure/content.ipynb #3d4f42df
 def psnr(
     # as for `as_images`
-    edited,
-    originals,
+    edited: torch.Tensor | np.ndarray | Sequence,
+    originals: torch.Tensor | np.ndarray | Sequence,
 ) -> np.ndarray:
     "Peak signal-to-noise ratio of each pair [N], in decibels; infinite where they are equal."
     from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -45,8 +47,8 @@ def psnr(
 
 def ssim(
     # as for `as_images`
-    edited,
-    originals,
+    edited: torch.Tensor | np.ndarray | Sequence,
+    originals: torch.Tensor | np.ndarray | Sequence,
 ) -> np.ndarray:
     "Structural similarity of each pair [N], at most 1."
     from torchmetrics.functional.image import structural_similarity_index_measure
@@ -60,9 +62,9 @@ def ssim(
 # %% ../../nbs/measure/content.ipynb #fd7b6a25
 def kept_content(
     # as for `as_images`
-    edited,
+    edited: torch.Tensor | np.ndarray | Sequence,
     # one an image
-    originals,
+    originals: torch.Tensor | np.ndarray | Sequence,
     # its `distance` and `clip` are asked, where they are there
     networks: Networks | None = None,
     batch_size: int = 64,

@@ -6,6 +6,7 @@
 __all__ = ["Evidence", "open_image", "EvidenceReader"]
 
 # %% ../../nbs/measure/evidence.ipynb #4e6b9d63
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -60,7 +62,7 @@ class Evidence:
         key = next((k for k in ("path", "image_id", "id") if k in self.table), None)
         return f"row {i}" if key is None else f"row {i} ({self.table[key].iloc[i]})"
 
-    def validate(self):
+    def validate(self) -> None:
         "Refuse what no comparison would drop; asked for again before anything is decided."
         if not len(self.features):
             raise ValueError(f"{self.name}: no image")
@@ -124,7 +126,7 @@ class Evidence:
 
 
 # %% ../../nbs/measure/evidence.ipynb #54c66da4
-def open_image(image) -> Image.Image:
+def open_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     "A file, a Pillow image or uint8 [H, W, 3] as a Pillow image."
     if isinstance(image, str | Path):
         return read_image(image)
@@ -188,9 +190,11 @@ class EvidenceReader:
     @torch.no_grad()
     def __call__(
         self,
-        images,  # an `EmotionData`, a folder, or a list of paths, Pillow images or arrays
-        labels=None,  # [N] indices of the wanted emotions; None: those of the data set
-        table=None,  # N rows of whatever else is known
+        # an `EmotionData`, a folder, or a list of paths, Pillow images or arrays
+        images: EmotionData | str | Path | Sequence,
+        # [N] indices of the wanted emotions; None: those of the data set
+        labels: ArrayLike | None = None,
+        table: pd.DataFrame | None = None,  # N rows of whatever else is known
         name: str = "images",  # what messages call these images
     ) -> Evidence:
         emotions = tuple(images.emotions) if isinstance(images, EmotionData) else None

@@ -14,6 +14,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/measure/facility.ipynb #a7b4f03c
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -24,7 +26,7 @@ from .neighbours import unit
 # %% ../../nbs/measure/facility.ipynb #0e8df979
 def facility_value(
     features: ArrayLike,  # [n, d]
-    chosen,  # indices of the chosen rows
+    chosen: Iterable[int],  # indices of the chosen rows
 ) -> float:
     "sum_i max over `chosen` j of [cos(x_i, x_j)]+."
     rows = unit(features)

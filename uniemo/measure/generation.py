@@ -167,7 +167,7 @@ def semantic_diversity(
 
 
 def perceptual_diversity(
-    images,  # as for `as_images`
+    images: torch.Tensor | np.ndarray | Sequence,  # as for `as_images`
     pairs: np.ndarray,  # [P, 2]
     distance: Callable,  # of two batches in [-1, 1]: [B]
     as_released: bool = False,  # leave the images in [0, 1]: contrast is halved
@@ -276,12 +276,14 @@ NEEDS_OF_JUDGE = dict(
 
 # %% ../../nbs/measure/generation.ipynb #b4f7e55d
 def evaluate_generation(
-    images,  # [N], as for `as_images`
+    images: torch.Tensor | np.ndarray | Sequence,  # [N], as for `as_images`
     emotions: Sequence,  # [N] names or indices that were asked for
-    real=None,  # real images, for fid, kid, precision, recall
+    # real images, for fid, kid, precision, recall
+    real: torch.Tensor | np.ndarray | Sequence | None = None,
     networks: Networks = Networks(),  # noqa: B008 - frozen
     prompts: Sequence[str] | str | None = None,  # [N], or one for all, for clip_txt
-    references=None,  # [N] photographs that the images were made from, for clip_img
+    # [N] photographs that the images were made from, for clip_img
+    references: torch.Tensor | np.ndarray | Sequence | None = None,
     emotion_set: EmotionSet = MIKELS,
     settings: MetricSettings = MetricSettings(),  # noqa: B008 - frozen
 ) -> pd.DataFrame:

@@ -23,7 +23,7 @@ def moments(
 
 
 # %% ../../nbs/measure/moments.ipynb #87290d54
-def merge_moments(a, b):
+def merge_moments(a: tuple, b: tuple) -> tuple:
     "The moments of two sets of rows as those of both."
     (n, mean, scatter), (n_b, mean_b, scatter_b) = a, b
     if n_b == 0:
@@ -37,7 +37,7 @@ def merge_moments(a, b):
 
 
 # %% ../../nbs/measure/moments.ipynb #dcb7f1a7
-def add_rows(a, x, full):
+def add_rows(a: tuple, x: torch.Tensor, full: bool) -> tuple:
     """The same as `merge_moments(a, moments(x, full))`, the scatter in place.
 
     delta delta^T goes in as one more row: a matrix of its own costs five times the time.

@@ -20,7 +20,7 @@ __all__ = [
 
 # %% ../../nbs/measure/networks.ipynb #411a6898
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..data.shares import share_out
@@ -35,7 +36,8 @@ from ..data.shares import share_out
 
 # %% ../../nbs/measure/networks.ipynb #3822b767
 def as_images(
-    images,  # uint8 [N, H, W, 3], floats in [0, 1] of either layout, or Pillow images of one size
+    # uint8 [N, H, W, 3], floats in [0, 1] of either layout, or Pillow images of one size
+    images: torch.Tensor | np.ndarray | Sequence,
     name: str = "images",  # what an error calls them
 ) -> torch.Tensor:
     "float32 [N, 3, H, W] in [0, 1] on the CPU; a `ValueError` says what is wrong."
@@ -91,7 +93,7 @@ def _check_range(x, name):
 @contextmanager
 def evaluating(
     network: Callable,  # what is no module has no mode
-):
+) -> Iterator[None]:
     "Evaluation mode for a while; then the mode is as before."
     training = getattr(network, "training", None)
     if training is not None:
@@ -146,12 +148,12 @@ class Method(nn.Module):
         self.method = method
         self.training = module.training
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Method":
         self.training = mode
         self.module.train(mode)
         return self
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.method(x)
 
 
@@ -238,7 +240,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x, y = ((v - self.shift) / self.scale for v in (x, y))
         total = 0
         for k, layer in enumerate(self.layers):
@@ -295,7 +297,7 @@ class CLIPFeatures(nn.Module):
     def __init__(
         self,
         clip: nn.Module,  # a `transformers.CLIPModel`
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         mean: Sequence[float] = OPENAI_CLIP_MEAN,  # of its images, as it was trained
         std: Sequence[float] = OPENAI_CLIP_STD,
     ):

@@ -14,13 +14,16 @@ __all__ = [
 ]
 
 # %% ../../nbs/measure/novelty.ipynb #b6545311
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from safetensors.torch import save_file
+from torch import nn
 
 from ..files.disk import FETCH, FileError
 from ..files.weights import read_tensors
@@ -97,7 +100,7 @@ class Novelty:
         moved = (rows - self.mean.double()) @ self.matrix.double()
         return (moved.norm(dim=1) / self.threshold).numpy()
 
-    def save(self, path: str | Path):
+    def save(self, path: str | Path) -> None:
         "One safetensors file."
         numbers = torch.tensor([self.threshold, self.quantile], dtype=torch.float64)
         tensors = dict(mean=self.mean, matrix=self.matrix, numbers=numbers)
@@ -117,7 +120,7 @@ class Novelty:
 
 # %% ../../nbs/measure/novelty.ipynb #5945bc7b
 def output_features(
-    out,  # of an encoder: `class_features`, ..., `patch_tokens`
+    out: Any,  # of an encoder: `class_features`, ..., `patch_tokens`
 ) -> torch.Tensor:
     "What a distance is taken of: float32 [B, d] on the CPU."
     parts = [out.class_features, out.scene_features, out.object_features]
@@ -128,8 +131,8 @@ def output_features(
 # %% ../../nbs/measure/novelty.ipynb #d01f8353
 @torch.no_grad()
 def novelty_features(
-    encoder,  # pixel values [B, 3, H, W] -> `ExpertQueryOutput`
-    batches,  # dicts with `pixel_values`
+    encoder: nn.Module,  # pixel values [B, 3, H, W] -> `ExpertQueryOutput`
+    batches: Iterable[dict],  # dicts with `pixel_values`
 ) -> torch.Tensor:
     "`output_features` of all images of some batches: float32 [n, d]."
     encoder = encoder.eval()
@@ -146,9 +149,9 @@ NOVELTY = "novelty.safetensors"
 
 
 def fit_novelty(
-    encoder,
-    train,  # batches of training images without augmentation
-    validation,  # batches of images that were not trained on
+    encoder: nn.Module,
+    train: Iterable[dict],  # batches of training images without augmentation
+    validation: Iterable[dict],  # batches of images that were not trained on
     quantile: float = 0.99,  # share of images of this kind that shall pass
 ) -> Novelty:
     "The statistic of an encoder."
@@ -158,9 +161,9 @@ def fit_novelty(
 
 def add_novelty(
     folder: str | Path,  # of a saved pipeline; the statistic joins it
-    encoder,  # the pipeline's own
-    train,  # batches of training images without augmentation
-    validation,  # batches of images that were not trained on
+    encoder: nn.Module,  # the pipeline's own
+    train: Iterable[dict],  # batches of training images without augmentation
+    validation: Iterable[dict],  # batches of images that were not trained on
     quantile: float = 0.99,  # share of images of this kind that shall pass
 ) -> Novelty:
     "Fit the statistic of an encoder and write it into a pipeline's folder."

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from torch import nn
 
 from .intervals import as_array
 from .pictures import overlay
@@ -38,8 +39,8 @@ from .theme import set_figure_finding, themed
 # %% ../../nbs/measure/occlusion.ipynb #2a5d3ad1
 def windows(
     grid: tuple[int, int],  # rows and columns of patches
-    side: int
-    | None = None,  # patches a side that are hidden at a time; None: a quarter of the rows
+    # patches a side that are hidden at a time; None: a quarter of the rows
+    side: int | None = None,
 ) -> np.ndarray:
     "Masks bool [M, rows, columns], which together cover every patch."
     side = max(1, min(grid) // 4) if side is None else side
@@ -88,7 +89,7 @@ def hidden(
 # %% ../../nbs/measure/occlusion.ipynb #26712c6a
 @torch.no_grad()
 def read_parts(
-    encoder,  # an `ExpertQueryModel`, which this shelf does not import
+    encoder: nn.Module,  # an `ExpertQueryModel`, which this shelf does not import
     pixels: torch.Tensor,  # [B, 3, H, W], normalised
     batch_size: int = 64,
 ) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ __all__ = ["predicted_rows"]
 
 # %% ../../nbs/measure/predicted.ipynb #9dffa88a
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from ..data.attributes import KINDS
 from ..data.batches import make_loader
 from ..data.coefficients import check_kind
+from ..data.sets import EmotionData
 from .networks import evaluating
 
 
@@ -85,7 +86,8 @@ def _ask_each_name(classifier, images, size, smoothing, batch_size):
 # %% ../../nbs/measure/predicted.ipynb #86451141
 def predicted_rows(
     classifier: Callable,  # pixels [B, 3, H, W] -> output with `logits`, or probabilities [B, E]
-    images,  # an annotated data set, or a dict (or pairs) (kind, name) -> pixels [n, 3, H, W]
+    # an annotated data set, or a dict (or pairs) (kind, name) -> pixels [n, 3, H, W]
+    images: EmotionData | Mapping | Iterable[tuple],
     size: int,  # number of emotions
     smoothing: float = 0.0,  # undecided images added to each name
     batch_size: int = 64,

@@ -89,7 +89,7 @@ class NamePrior(nn.Module):
         # lambda of scenes, of objects, of pairs
         self.weights = nn.Parameter(torch.ones(2 + pairs))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         "Every part counts as it is."
         nn.init.ones_(self.weights)
 
@@ -99,7 +99,7 @@ class NamePrior(nn.Module):
         counts: NameCounts,
         scene_text: Tensor,  # features of the names [S, d_text]
         object_text: Tensor,  # [O, d_text]
-    ):
+    ) -> None:
         "Take over what was counted."
         self.scene_text.copy_(scene_text)
         self.object_text.copy_(object_text)
@@ -162,7 +162,7 @@ class NamePrior(nn.Module):
         own_scene: Tensor,  # the images' own names, multi-hot [N, S]
         own_objects: Tensor,  # [N, O]
         emotion: Tensor,  # votes, or one-hot labels [N, E]
-    ):
+    ) -> None:
         "The likeliest lambda, where each image is told from the counts of all others."
         emotion = emotion.float() / emotion.sum(1, keepdim=True)
         optimizer = torch.optim.LBFGS([self.weights], max_iter=50)

@@ -19,6 +19,7 @@ __all__ = [
 # %% ../../nbs/measure/theme.ipynb #13e26b32
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 
 import matplotlib as mpl
@@ -56,7 +57,7 @@ SETTINGS = {
 }
 
 
-def theme():
+def theme() -> AbstractContextManager[None]:
     "A context in which figures look like ours; afterwards matplotlib's settings are as before."
     return mpl.rc_context(SETTINGS)
 

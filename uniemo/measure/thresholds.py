@@ -72,7 +72,7 @@ class FilterThresholds:
         columns = {key: getattr(self, key) for key in ("images", *LIMITS)}
         return pd.DataFrame(columns, index=list(self.emotions))
 
-    def save(self, path: str | Path):
+    def save(self, path: str | Path) -> None:
         "As JSON."
         write_file(path, json.dumps(asdict(self), indent=1))
 
@@ -134,7 +134,7 @@ def own_confidence(
 
 
 # %% ../../nbs/measure/thresholds.ipynb #4bf3e565
-def check_evidence(evidence, real, emotions):
+def check_evidence(evidence: Evidence, real: Evidence, emotions: Sequence[str]) -> None:
     "Refuse evidence that does not fit the emotions, which are read by position."
     evidence.validate()
     real.validate()

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from .claims import Claim, Comparison, Protocol
@@ -331,8 +332,8 @@ SHAPES = dict(zip(VERDICTS, MARKERS))
 def plot_verdicts(
     verdicts: pd.DataFrame,  # of `judge_claims`
     protocol: Protocol,
-    ax=None,
-):
+    ax: Axes | None = None,
+) -> Axes:
     "Forest plot of the claims, by verdict. Returns the axes."
     ax = new_axes(ax, 8.2, 1.5 + 0.42 * len(verdicts))
     order = [name for v in VERDICTS for name in verdicts.index[verdicts.verdict == v]]

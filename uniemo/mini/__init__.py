@@ -200,6 +200,22 @@ if TYPE_CHECKING:
         written_names,
     )
     from .shipping import ship
+    from .specialists import (
+        EXPERTS,
+        PROBING,
+        Probing,
+        asked_of,
+        class_maps,
+        class_token,
+        following,
+        masks_of,
+        moved,
+        object_queries,
+        oracle,
+        specialist_of,
+        twins_of,
+        zero_shot,
+    )
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
     from .stages import (
         candidates,
@@ -484,6 +500,22 @@ _rooms = {
         "written_names",
     ],
     "shipping": ["ship"],
+    "specialists": [
+        "EXPERTS",
+        "PROBING",
+        "Probing",
+        "asked_of",
+        "class_maps",
+        "class_token",
+        "following",
+        "masks_of",
+        "moved",
+        "object_queries",
+        "oracle",
+        "specialist_of",
+        "twins_of",
+        "zero_shot",
+    ],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
     "stages": [
         "candidates",

@@ -6,6 +6,7 @@
 __all__ = [
     "where",
     "time_left",
+    "is_over",
     "Watch",
     "without_module",
     "RunFailed",
@@ -73,12 +74,23 @@ def time_left(
     return f", {timedelta(seconds=round(rest * took / done))} left"
 
 
+def is_over(
+    row: dict,  # of metrics.jsonl
+    plan: dict,  # of plan.json, as above
+) -> bool:
+    "Whether a row is the last of its training, or of a training before the one that is planned."
+    try:
+        return row["step"] >= plan["steps"] or row["time"] < plan["time"]
+    except (KeyError, TypeError):
+        return False
+
+
 def _last_row(lines, plan):
-    "The last of some lines that is whole JSON, as short text."
+    "The last of some lines that is whole JSON, as short text; no text of a training that is over."
     for line in reversed(lines):
         with suppress(ValueError):
             row = json.loads(line)
-            return show_metrics(row) + time_left(row, plan)
+            return "" if is_over(row, plan) else show_metrics(row) + time_left(row, plan)
     return None
 
 
@@ -132,12 +144,16 @@ class Watch:
         whole = new[: new.rfind(b"\n") + 1]
         self.offset += len(whole)
         plan = read_json(self.run.dir / "plan.json", {})
-        self.last = _last_row(whole.splitlines(), plan) or self.last
+        told = _last_row(whole.splitlines(), plan)
+        self.last = self.last if told is None else told
 
     def show(self, final: bool = False):
         "Bring status.json and the display up to date."
-        self.look()
         cell, count, heading = where(self.notebook)
+        if cell != self.seen:
+            # what an earlier cell logged says nothing of this one
+            self.last = ""
+        self.look()
         if cell != self.seen:
             with suppress(OSError):  # a full disk is said by the notebook itself
                 self.run._set(cell=cell, cells=count)

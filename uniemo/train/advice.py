@@ -6,6 +6,8 @@
 __all__ = ["split_batch", "is_out_of_memory", "advise_memory", "advise_not_finite"]
 
 # %% ../../nbs/train/advice.ipynb #8e87fc9e
+from typing import Any
+
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -72,7 +74,7 @@ def _bad_columns(batches):
 
 
 def advise_not_finite(
-    trainer,  # a `Trainer`
+    trainer: Any,  # a `Trainer`
     step: int,  # of which the loss is no number, from 0
     row: dict,  # what was noted of it
 ) -> str:

@@ -16,11 +16,12 @@ __all__ = [
 # %% ../../nbs/train/batches.ipynb #9b8572e2
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 
@@ -36,7 +37,7 @@ def seed_of(
 def seed_all(
     *key: int,  # such as (seed, step)
     device: torch.device | None = None,  # whose generator is seeded besides the CPU's
-):
+) -> None:
     "Seed Python, NumPy and PyTorch by a tuple of integers."
     seed = seed_of(*key)
     random.seed(seed)
@@ -55,7 +56,7 @@ class SampleOrder:
         self,
         n: int,  # images
         seed: int = 0,
-        weights=None,  # how often each image is drawn, [n]; None: once an epoch
+        weights: ArrayLike | None = None,  # how often each image is drawn, [n]; None: once an epoch
     ):
         self.n, self.seed = n, seed
         self.weights = None if weights is None else self._checked(weights)
@@ -95,7 +96,7 @@ class SampleOrder:
 
 # %% ../../nbs/train/batches.ipynb #d77405d5
 def balanced(
-    labels,  # [n], classes as numbers
+    labels: ArrayLike,  # [n], classes as numbers
 ) -> np.ndarray:  # [n]
     "Weights with which every class is drawn equally often."
     labels = np.asarray(labels)
@@ -120,7 +121,7 @@ class MemoryData:
     def __len__(self):
         return len(next(iter(self.tensors.values())))
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "MemoryData":
         "The same data on another device."
         return MemoryData({k: v.to(device) for k, v in self.tensors.items()}, self.transform)
 
@@ -175,9 +176,9 @@ def _take_own_epoch(worker):
 
 # %% ../../nbs/train/batches.ipynb #582e72d7
 def read_batches(
-    data,  # a `Dataset`, `MemoryData` or `MadeData`
+    data: Dataset | MemoryData | MadeData,
     order: Callable,  # (start, stop) -> indices
-    spans,  # of positions, (start, stop) of each batch
+    spans: Iterable[tuple[int, int]],  # of positions, (start, stop) of each batch
     seed: int = 0,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
     *,

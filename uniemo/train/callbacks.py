@@ -6,12 +6,14 @@
 __all__ = [
     "SHOWN",
     "PARTS",
+    "RunLog",
     "Callback",
     "MovingAverage",
     "digest",
     "read_best",
     "Validate",
     "Log",
+    "is_watched",
     "find_checkpoints",
     "is_whole",
     "newest_checkpoint",
@@ -25,10 +27,13 @@ import math
 import os
 import re
 import shutil
+import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -40,25 +45,36 @@ from ..files.weights import WeightsError, read_metadata, read_tensors, write_ten
 
 
 # %% ../../nbs/train/callbacks.ipynb #c62ec27f
+class RunLog(Protocol):
+    "Who is told how a training goes: a `uniemo.runs.Run`, or an object like it."
+
+    def log(self, **metrics) -> None:
+        "Numbers of a step."
+
+    def summary(self, **values) -> object:
+        "What stands when all is done."
+
+
 class Callback:
     "Something that happens beside the loop; `order` says which comes first."
 
     order = 0
 
-    def before_fit(self, trainer):
+    # `trainer` is a `Trainer`, whose room imports this one
+    def before_fit(self, trainer: Any) -> None:
         "Before the first step, or the first after a resumption."
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         "After each step of the optimiser."
 
-    def after_fit(self, trainer):
+    def after_fit(self, trainer: Any) -> None:
         "After the last step."
 
     def state_dict(self) -> dict:
         "What a resumed run must know."
         return {}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         "Go on from `state`."
 
 
@@ -66,17 +82,17 @@ class Callback:
 class MovingAverage(Callback):
     "An exponential moving average of what is trained; `with trainer.averaged():` puts it in."
 
-    def before_fit(self, trainer):
+    def before_fit(self, trainer: Any) -> None:
         trained = trainer.trained.values()
         self.ema = EMAModel(trained, decay=trainer.config.ema_decay, foreach=True)
         self.device = trainer.device
         trainer.averaged = lambda: self.swapped(trainer)
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         self.ema.step(trainer.trained.values())
 
     @contextmanager
-    def swapped(self, trainer):
+    def swapped(self, trainer: Any) -> Iterator[None]:
         "Within this context the trained parameters are the averages."
         kept = [p.detach().clone() for p in trainer.trained.values()]
         self.ema.copy_to(trainer.trained.values())
@@ -85,10 +101,10 @@ class MovingAverage(Callback):
         finally:
             torch._foreach_copy_([p.data for p in trainer.trained.values()], kept)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return self.ema.state_dict()
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.ema.load_state_dict(state)
         self.ema.to(self.device)
 
@@ -128,7 +144,7 @@ class Validate(Callback):
         # the best weights of a run without a folder
         self.kept = None
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         if not trainer.at(trainer.config.eval_every or trainer.epoch_steps):
             return
         trainer.fetch()
@@ -166,15 +182,15 @@ class Validate(Callback):
             path = trainer.folder / "best.safetensors"
             write_tensors(path, tensors, best=found, sha256=digest(tensors))
 
-    def after_fit(self, trainer):
+    def after_fit(self, trainer: Any) -> None:
         if trainer.run is not None and trainer.main:
             values = {f"valid_{k}": v for k, v in (self.metrics or {}).items()}
             trainer.run.summary(best_step=self.best_step, **values)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return dict(best=self.best, best_step=self.best_step, metrics=self.metrics)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
         self.metrics = state["metrics"]
 
@@ -185,19 +201,19 @@ class Log(Callback):
 
     order = 20
 
-    def before_fit(self, trainer):
+    def before_fit(self, trainer: Any) -> None:
         self.bar = None
         if trainer.accelerator.log_with:
             values = {k: _plain(v) for k, v in asdict(trainer.config).items()}
             trainer.accelerator.init_trackers("uniemo", values)
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         if self.bar is None:
             self._say_plan(trainer)
             self.bar = tqdm(
                 total=trainer.steps,
                 initial=trainer.step - 1,
-                disable=not (trainer.progress and trainer.main),
+                disable=not (trainer.progress and trainer.main and is_watched()),
                 desc=type(trainer.stage).__name__,
             )
         self.bar.update()
@@ -214,7 +230,7 @@ class Log(Callback):
         if trainer.main and hasattr(trainer.run, "plan"):
             trainer.run.plan(trainer.steps, trainer.step)
 
-    def after_fit(self, trainer):
+    def after_fit(self, trainer: Any) -> None:
         if self.bar is not None:
             self.bar.close()
         if trainer.run is not None and trainer.main:
@@ -227,6 +243,16 @@ class Log(Callback):
 
 # %% ../../nbs/train/callbacks.ipynb #e777d6d4
 SHOWN = ("loss", "accuracy")
+
+
+def is_watched() -> bool:
+    "Whether somebody sees a bar: on a terminal, or in a notebook that no command runs."
+    if "UNIEMO_RUN_DIR" in os.environ:
+        # `uniemo run` tells it, from what the run logs
+        return False
+    shell = sys.modules.get("IPython")
+    shell = shell.get_ipython() if shell else None
+    return sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
 
 
 def _plain(value):
@@ -285,7 +311,7 @@ class Checkpoint(Callback):
 
     order = 30
 
-    def before_fit(self, trainer):
+    def before_fit(self, trainer: Any) -> None:
         if trainer.main:
             trainer.folder.mkdir(parents=True, exist_ok=True)
             for part in trainer.folder.glob(".*.tmp"):
@@ -297,7 +323,7 @@ class Checkpoint(Callback):
             trainer.load_state_dict(state)
             trainer.load_weights(path / "weights.safetensors")
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         if not trainer.at(trainer.config.save_every):
             return
         # a loss that is no number stops the run here, and is never saved
@@ -306,7 +332,7 @@ class Checkpoint(Callback):
             self.save(trainer)
         trainer.accelerator.wait_for_everyone()
 
-    def save(self, trainer):
+    def save(self, trainer: Any) -> None:
         "Write a checkpoint of this step, and discard the oldest."
         path = trainer.folder / f"step-{trainer.step:06d}"
         part = trainer.folder / f".{path.name}.tmp"
@@ -323,7 +349,7 @@ class Checkpoint(Callback):
         for old in find_checkpoints(trainer.folder)[trainer.config.keep :]:
             self.discard(old)
 
-    def discard(self, path):
+    def discard(self, path: Path) -> None:
         "Delete a checkpoint, out of sight first."
         gone = path.with_name(f".{path.name}.old.tmp")
         os.rename(path, gone)

@@ -18,10 +18,11 @@ __all__ = [
 
 # %% ../../nbs/train/config.ipynb #8add5224
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from types import NoneType
-from typing import ClassVar, get_args, get_type_hints
+from typing import ClassVar, Self, get_args, get_type_hints
 
 from ..data.spelling import closest
 
@@ -75,7 +76,7 @@ class Settings:
         cls,
         name: str,  # a key of `presets`
         **changes,  # settings that differ from it
-    ):
+    ) -> Self:
         "The settings called `name` with some `changes`."
         if name not in cls.presets:
             known = ", ".join(cls.presets) or "none"
@@ -84,7 +85,7 @@ class Settings:
 
 
 # %% ../../nbs/train/config.ipynb #21247c70
-def check_positive(owner, *names):
+def check_positive(owner: Settings, *names: str) -> None:
     "Refuse settings that are numbers, but not above zero."
     for name in names:
         value = getattr(owner, name)
@@ -92,7 +93,7 @@ def check_positive(owner, *names):
             raise ValueError(f"{name} must be above 0, not {value}")
 
 
-def check_share(owner, *names):
+def check_share(owner: Settings, *names: str) -> None:
     "Refuse settings that are no share from 0 to below 1."
     for name in names:
         value = getattr(owner, name)
@@ -102,9 +103,9 @@ def check_share(owner, *names):
 
 def check_choice(
     name: str,  # of the setting, for the message
-    known,  # what it may be
-    *given,  # what it is
-):
+    known: Collection[str],  # what it may be
+    *given: str,  # what it is
+) -> None:
     "Refuse a word that is not one of the `known`; the message names the nearest."
     for value in given:
         if value not in known:
@@ -119,7 +120,7 @@ def check_weights(
     name: str,  # of the setting, for the message
     weights: tuple,
     *parts: str,  # what each of them weighs
-):
+) -> None:
     "Refuse weights that are not one number a part, none negative."
     if len(weights) != len(parts) or min(weights) < 0:
         count = {2: "two", 3: "three"}[len(parts)]
@@ -179,7 +180,7 @@ class TrainConfig(Settings):
     def __post_init__(self):
         self.validate()
 
-    def validate(self):
+    def validate(self) -> None:
         "Refuse values that no training can have."
         if self.steps is None and self.epochs is None:
             raise ValueError("how long to train? give `steps` or `epochs`")
@@ -195,7 +196,7 @@ class TrainConfig(Settings):
         "Optimiser steps with so many training images."
         return self.steps or max(1, round(self.epochs * num_images / self.batch_size))
 
-    def in_steps(self, num_images: int):
+    def in_steps(self, num_images: int) -> Self:
         "The same settings with length and validation in steps: those of so many images."
         return replace(
             self,

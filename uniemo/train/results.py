@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from torch import nn
+from torch.utils.data import Dataset
 
 from ..files.disk import write_file
 from ..files.weights import write_tensors
+from .batches import MadeData, MemoryData
+from .config import TrainConfig
 from .trainer import Stage, Trainer
 
 
@@ -35,11 +39,11 @@ class StageResult:
     parts: dict = field(default_factory=dict)
 
     @property
-    def model(self):
+    def model(self) -> nn.Module:
         "The stage's network."
         return self.stage.model
 
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path) -> None:
         "Write `model/`, `predictions.safetensors`, `history.jsonl` and `metrics.json`."
         if not self.trainer.main:
             return
@@ -52,7 +56,7 @@ class StageResult:
         write_file(folder / "history.jsonl", history.to_json(orient="records", lines=True))
         write_file(folder / "metrics.json", json.dumps(self.metrics, indent=1))
 
-    def leave(self):
+    def leave(self) -> None:
         "Wait for all processes; where there are several, free what the next stage needs."
         self.trainer.accelerator.wait_for_everyone()
         if self.trainer.world > 1:
@@ -62,8 +66,8 @@ class StageResult:
 # %% ../../nbs/train/results.ipynb #e9f33f17
 def run_stage(
     stage: Stage,
-    config,  # a `TrainConfig`
-    train,  # what a `Trainer` reads
+    config: TrainConfig,
+    train: Dataset | MemoryData | MadeData | dict,  # what a `Trainer` reads
     splits: dict,  # `val` and what is predicted in the end: name -> data
     *,
     folder: str | Path | None = None,  # of the result; checkpoints go into `checkpoints`

@@ -17,6 +17,7 @@ __all__ = [
 # %% ../../nbs/train/trainer.ipynb #afba6934
 import math
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,9 @@ from accelerate.utils import (
     gather_object,
 )
 from filelock import FileLock, Timeout
+from numpy.typing import ArrayLike
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from ..data.shares import share_of_batch
@@ -43,8 +46,9 @@ from uniemo.train.advice import (
     is_out_of_memory,
     split_batch,
 )
-from .batches import MemoryData, SampleOrder, read_batches, seed_all, seed_of
-from .callbacks import Checkpoint, Log, MovingAverage, Validate, read_best
+from .batches import MadeData, MemoryData, SampleOrder, read_batches, seed_all, seed_of
+from .callbacks import Checkpoint, Log, MovingAverage, RunLog, Validate, read_best
+from .config import TrainConfig
 
 
 # %% ../../nbs/train/trainer.ipynb #cell-08
@@ -82,16 +86,16 @@ class Stage(nn.Module):
         "Blocks that stand many times; each may be compiled by itself."
         return []
 
-    def before_compiling(self):
+    def before_compiling(self) -> None:
         "What compiled blocks ask for, such as another layout in memory."
 
-    def hold_frozen(self, dtype: torch.dtype):
+    def hold_frozen(self, dtype: torch.dtype) -> None:
         "Keep copies of large frozen networks in this type, in which a GPU computes."
 
-    def forward(self, batch, counts=None):
+    def forward(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         return self.loss(batch, counts)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "Stage":
         "Training mode, but evaluation mode, without dropout, for parts that are all frozen."
         super().train(mode)
         for part in self.modules():
@@ -145,7 +149,7 @@ def check_trained(stage: Stage) -> dict:  # name -> parameter
 
 
 # %% ../../nbs/train/trainer.ipynb #cell-16
-def choose_precision(config) -> str:
+def choose_precision(config: TrainConfig) -> str:
     "The precision that 'auto' stands for on this machine."
     if config.mixed_precision != "auto":
         return config.mixed_precision
@@ -154,7 +158,7 @@ def choose_precision(config) -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def build_accelerator(config, folder=None) -> Accelerator:
+def build_accelerator(config: TrainConfig, folder: str | Path | None = None) -> Accelerator:
     "An `Accelerator` for `config`: device, processes and precision as accelerate finds them."
     precision = choose_precision(config)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
@@ -192,7 +196,7 @@ def _check_kind(accelerator):
 def compile_blocks(
     blocks: list[nn.Module],
     mode: str | None = None,  # of torch.compile
-):
+) -> None:
     "Compile each block in its place."
     # a block is met with every count of tokens, in training and in evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -222,13 +226,13 @@ class Trainer:
     def __init__(
         self,
         stage: Stage,
-        config,  # a `TrainConfig`
-        train,  # a `Dataset`, `MemoryData`, `MadeData`, or tensors by name
-        valid=None,  # the same; None: no validation
+        config: TrainConfig,
+        train: Dataset | MemoryData | MadeData | dict,  # a dict: tensors by name
+        valid: Dataset | MemoryData | dict | None = None,  # the same; None: no validation
         folder: str | Path | None = None,  # of checkpoints; None: nothing is kept
         *,
-        weights=None,  # how often each training image is drawn, [n]
-        run=None,  # an object with `log(**metrics)` and `summary(**values)`
+        weights: ArrayLike | None = None,  # how often each training image is drawn, [n]
+        run: RunLog | None = None,  # an object with `log(**metrics)` and `summary(**values)`
         progress: bool = True,  # a bar
     ):
         self.stage, self.config = stage, config
@@ -320,7 +324,7 @@ class Trainer:
         return self
 
     @contextmanager
-    def locked(self):
+    def locked(self) -> Iterator[None]:
         "Refuse a folder in which another trainer is at work."
         if self.folder is None or not self.main:
             yield
@@ -338,7 +342,7 @@ class Trainer:
         finally:
             lock.release()
 
-    def call(self, moment: str):
+    def call(self, moment: str) -> None:
         "Tell every callback of a moment."
         for callback in self.callbacks:
             getattr(callback, moment)(self)
@@ -347,7 +351,7 @@ class Trainer:
         "Whether this step is one of `every` so many, or the last."
         return self.step % every == 0 or self.step == self.last
 
-    def batches(self, start: int, stop: int):
+    def batches(self, start: int, stop: int) -> Iterator[dict]:
         "This process's batches of steps `start` to `stop`, `passes` of them a step."
         read = self._read(self.train_data, self.order, self._spans(start, stop), train=True)
         for step in range(start, stop):
@@ -371,7 +375,7 @@ class Trainer:
         how = dict(workers=self.config.workers, collate=self.collate, train=train)
         return read_batches(data, order, spans, self.config.seed, self.device, **how)
 
-    def one_step(self, batches: list[dict]):
+    def one_step(self, batches: list[dict]) -> None:
         "One step of the optimiser on the batches of its passes."
         seed_all(self.config.seed, self.step, self.rank, 0, device=self.device)
         try:
@@ -416,7 +420,7 @@ class Trainer:
 
     # ---- what is noted
 
-    def fetch(self):
+    def fetch(self) -> None:
         "Bring what was noted from the device into `window`; stop where a loss is not finite."
         if not self.pending:
             return
@@ -432,7 +436,7 @@ class Trainer:
                 raise FloatingPointError(advise_not_finite(self, first + k, row))
         self.window += rows
 
-    def log(self, split: str, **metrics):
+    def log(self, split: str, **metrics) -> None:
         "Add a line to `history`, the run and the trackers."
         row = dict(step=self.step, split=split, **metrics)
         self.history.append(row)
@@ -447,7 +451,7 @@ class Trainer:
 
     # ---- what was learned
 
-    def predict(self, data) -> dict:  # name -> [n, ...]
+    def predict(self, data: Dataset | MemoryData | dict) -> dict:  # name -> [n, ...]
         "The stage's predictions for all of `data`, in order, on the CPU."
         data, was = self._placed(data), self.stage.training
         starts = range(0, len(data), self.micro)
@@ -475,7 +479,7 @@ class Trainer:
         rows = range(start - first, stop - first)
         return share_of_batch(rows, min(size, count - first), self.config.seed, self.device)
 
-    def evaluate(self, data) -> dict:
+    def evaluate(self, data: Dataset | MemoryData | dict) -> dict:
         "The stage's metrics on `data`, with the weights it has now."
         return self.stage.evaluate(self.predict(data))
 
@@ -486,7 +490,7 @@ class Trainer:
         state = self.stage.state_dict()
         return {n: v.detach().cpu().contiguous() for n, v in state.items() if n in kept}
 
-    def load_weights(self, tensors: dict | str | Path):
+    def load_weights(self, tensors: dict | str | Path) -> None:
         "Put tensors, as from `weights`, or a file of them, into the stage."
         expected = {name: values.shape for name, values in self.weights().items()}
         if isinstance(tensors, dict):
@@ -535,7 +539,7 @@ class Trainer:
         own = dict(images=len(self.train_data), stage=type(self.stage).__name__)
         return {**asdict(self.config), **own}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         "Go on where `state` was taken; refused where settings differ that change the result."
         there, changed = state["config"], []
         for name, value in self._identity().items():
@@ -556,12 +560,12 @@ class Trainer:
             if own := state["callbacks"].get(type(callback).__name__):
                 callback.load_state_dict(own)
 
-    def release(self):
+    def release(self) -> None:
         "Free the wrapped model and the optimiser; the stage and the group of processes stay."
         self.model = self.optimizer = None
         self.accelerator.free_memory()
 
-    def close(self):
+    def close(self) -> None:
         "Free model and optimiser, end the trackers, and leave the group of processes."
         # in this order: a wrapped model that is freed last frees the group while it holds
         # Python's lock, and gloo's threads, if they wait for that lock, wait for ever

@@ -1,11 +1,17 @@
 "What is in order says nothing: standard error of the main ways, each in a process of its own."
 
+import fcntl
+import io
 import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 import warnings
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +36,8 @@ from uniemo.understanding import UnderstandingConfig, train_understanding
 
 splits = paint_splits(16, 8, 8)
 config = UnderstandingConfig.preset("mini", steps=1, batch_size=8)
-print(len(train_understanding(splits, config, progress=False).metrics) > 0)
+# its bar is for those who look
+print(len(train_understanding(splits, config).metrics) > 0)
 """
 
 IN_A_SHELL = """
@@ -98,3 +105,63 @@ def test_a_command_keeps_the_libraries_notes_to_itself(monkeypatch):
     with warnings.catch_warnings(record=True) as heard:
         assert cli.main([]) == 0
     assert [note.category for note in heard] == [UserWarning]
+
+
+TRAINED = """
+from uniemo.mini.splits import paint_splits
+from uniemo.understanding import UnderstandingConfig, train_understanding
+
+splits = paint_splits(16, 8, 8)
+config = UnderstandingConfig.preset("mini", steps=4, batch_size=8, log_every=2)
+train_understanding(splits, config)
+"""
+
+
+def on_a_terminal(code, folder, **environment):
+    "What a script shows on a terminal of 120 columns."
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", code]
+    done = subprocess.Popen(command, cwd=folder, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    # the terminal is gone once the script has ended
+    with suppress(OSError):
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert done.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_a_training_shows_step_loss_and_what_is_left(tmp_path):
+    "Without being asked, on a terminal."
+    shown = on_a_terminal(TRAINED, tmp_path)
+    assert re.search(r"2/4 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d", shown), shown
+
+
+def test_a_run_has_no_bar_in_its_notebook(tmp_path):
+    "The command that runs a notebook tells how far it is."
+    assert "/4 [" not in on_a_terminal(TRAINED, tmp_path, UNIEMO_RUN_DIR=str(tmp_path))
+
+
+def test_a_notebook_that_is_open_has_a_bar(monkeypatch):
+    from uniemo.train import callbacks
+
+    monkeypatch.delenv("UNIEMO_RUN_DIR", raising=False)
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert callbacks.is_watched()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert not callbacks.is_watched()
+
+
+def test_experiments_show_bars_unless_told_not_to():
+    from uniemo.runs.parameters import experiments, read_parameters
+
+    known = {name: read_parameters(path) for name, path in experiments().items()}
+    shown = {name: each["progress"].default for name, each in known.items() if "progress" in each}
+    assert shown.keys() >= {"quickstart", "joint", "understanding", "emoset"}
+    assert all(shown.values()), shown

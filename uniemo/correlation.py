@@ -30,7 +30,6 @@ from .data.names import normalize_name
 from .data.sets import EmotionData
 from .emotions import MIKELS
 from .files.disk import FileError, write_file
-from .files.emogen import EmoGenFiles, load_emogen
 from .files.weights import load_pretrained
 from .losses import similarity
 from .measure.predicted import predicted_rows
@@ -89,10 +88,12 @@ class CorrelationTable(AttributeRows):
     def from_emogen(
         cls,
         # EmoGen's folder, its files as `load_emogen` reads them, or their `coefficients`
-        source: EmoGenFiles | Mapping | str | Path,
+        source: Any,
     ) -> "CorrelationTable":
         "EmoGen's published table."
         if isinstance(source, (str, Path)):
+            from uniemo.files.emogen import load_emogen
+
             source = load_emogen(source)
         coefficients = getattr(source, "coefficients", source)
         if not coefficients or set(coefficients) - set(KINDS):
@@ -104,7 +105,7 @@ class CorrelationTable(AttributeRows):
         return cls(*(coefficients.get(kind) for kind in KINDS))
 
     def plot(self, top: int = 3, kind: str | None = None, ax: Any = None) -> Any:
-        "Heat map of the `top` strongest attributes of each emotion, of one `kind` or of both; on matplotlib's `ax`."
+        "Heat map of the `top` strongest attributes of each emotion, of one `kind` or of both."
         from uniemo.measure.plots import plot_coefficients
 
         return plot_coefficients(self.to_pandas(), top, kind, ax)

@@ -8,9 +8,9 @@ __all__ = [
     "PseudoWordMapper",
     "compute_device",
     "retrieval_query",
+    "retrieve",
     "pseudo_words",
     "tower_words",
-    "retrieve",
 ]
 
 # %% ../nbs/07_fusion.ipynb #cell-03
@@ -234,6 +234,21 @@ def retrieval_query(
     return network(feature.to(compute_device(network))).to(feature.device)
 
 
+# %% ../nbs/07_fusion.ipynb #ask-both
+def retrieve(
+    encoder: nn.Module,
+    mapper: PseudoWordMapper,
+    retriever: nn.Module,
+    s: torch.Tensor | None,
+    o: torch.Tensor | None,
+    emotion: torch.Tensor,
+) -> tuple:
+    "What the retriever finds for scene and object features [B, d] of an emotion."
+    ask_scene = retrieval_query(encoder, mapper, retriever, "scene", s)
+    ask_object = retrieval_query(encoder, mapper, retriever, "object", o)
+    return retriever(ask_scene, ask_object, emotion)
+
+
 # %% ../nbs/07_fusion.ipynb #c3afe5b4
 def pseudo_words(
     # the `ExpertQueryModel`, for its projections
@@ -267,17 +282,3 @@ def tower_words(
     "As `pseudo_words`, but a list with the words of every text tower."
     found = retrieve(encoder, mapper, retriever, s, o, emotion)
     return mapper.all_words(c, s, o, found.alpha_scene, found.alpha_object), found
-
-
-def retrieve(
-    encoder: nn.Module,
-    mapper: PseudoWordMapper,
-    retriever: nn.Module,
-    s: torch.Tensor | None,
-    o: torch.Tensor | None,
-    emotion: torch.Tensor,
-) -> tuple:
-    "What the retriever finds for scene and object features [B, d] of an emotion."
-    ask_scene = retrieval_query(encoder, mapper, retriever, "scene", s)
-    ask_object = retrieval_query(encoder, mapper, retriever, "object", o)
-    return retriever(ask_scene, ask_object, emotion)

@@ -118,9 +118,17 @@ class Parameter:
 
     @property
     def limits(self) -> list[tuple[str, float]]:
-        "What its comment says of its size: 'at least', 'at most', 'above' or 'below', a number."
+        "'at least', 'at most', 'above' or 'below' a number, of the comment; a seed is at least 0."
         found = re.findall(r"\b(at least|at most|above|below) (-?\d+(?:\.\d+)?)", self.help)
+        found += [("at least", "0")] if re.fullmatch(r"(\w+_)?seeds?", self.name) else []
         return [(relation, float(number)) for relation, number in found]
+
+    @property
+    def place(self) -> str:
+        "What its comment says it names: 'model', 'data', or nothing where it names no place."
+        if re.search(r"\ba hub id\b", self.help):
+            return "model"
+        return "data" if re.search(r"\ba table\b", self.help) else ""
 
     @property
     def computed(self) -> bool:
@@ -300,6 +308,7 @@ def check_parameters(
     read = {name: coerce(known[name], value) for name, value in given.items()}
     for name, value in read.items():
         check_limits(known[name], value)
+        check_place(known[name], value)
     return read
 
 
@@ -323,6 +332,28 @@ def check_limits(
         for relation, limit in p.limits:
             if not HOLDS[relation](number, limit):
                 raise ValueError(f"{p.name} must be {relation} {limit:g}, not {number}")
+
+
+# %% ../../nbs/runs/parameters.ipynb #61aa0d11
+# `owner/name`, as the hub has it
+HUB_ID = r"[\w.-]+/[\w.-]+"
+
+
+def check_place(
+    p: Parameter,
+    value: object,
+):
+    "Refuse a model or data of which neither a file, a folder nor a hub could have the name."
+    if not (p.place and isinstance(value, str)) or value == p.default or f'"{value}"' in p.help:
+        return
+    hub_id = HUB_ID if p.place == "model" else f"hf:{HUB_ID}.*"
+    if Path(value).expanduser().exists() or re.fullmatch(hub_id, value):
+        return
+    example = "owner/name" if p.place == "model" else "hf:owner/name"
+    raise ValueError(
+        f"{p.name}: there is no file or folder {value!r} (looked from {Path.cwd()}), "
+        f"and on the hub a name is written {example}; wanted: {p.help}"
+    )
 
 
 # %% ../../nbs/runs/parameters.ipynb #0f49e5f1

@@ -319,3 +319,39 @@ def test_public_names_are_documented():
             if isinstance(node, kinds) and node.name in public and not ast.get_docstring(node):
                 silent.append(f"{name}.{node.name}")
     assert silent == []
+
+
+# shelves whose signatures are whole; the chapters' are, too
+ANNOTATED = ("data", "train", "measure", "files", "method")
+
+
+def public_functions(body, inside=""):
+    "Functions and methods (name, node) that others may call, of a module's or a class's body."
+    for node in body:
+        name = getattr(node, "name", "_")
+        if isinstance(node, ast.FunctionDef) and (
+            name[0] != "_" or name in ("__init__", "__call__")
+        ):
+            yield inside + name, node
+        elif isinstance(node, ast.ClassDef) and name[0] != "_":
+            yield from public_functions(node.body, f"{name}.")
+
+
+def without_types(function, method):
+    "What of a signature has no annotation: `**kwargs` may go without, `__init__` returns nothing."
+    parameters = [*function.args.posonlyargs, *function.args.args]
+    static = any(getattr(d, "id", "") == "staticmethod" for d in function.decorator_list)
+    parameters = parameters[method and not static :] + function.args.kwonlyargs
+    bare = [p.arg for p in parameters if p.annotation is None]
+    return bare + ["->"] * (function.returns is None and function.name != "__init__")
+
+
+def test_public_signatures_are_annotated():
+    bare = [
+        f"{module}.{name}: {', '.join(missing)}"
+        for module, tree in modules().items()
+        if room(module) in ANNOTATED and (room(module) != "method" or module in CHAPTERS)
+        for name, function in public_functions(tree.body)
+        if (missing := without_types(function, "." in name))
+    ]
+    assert bare == [], "say their types; `Any` where the class cannot be imported there"

@@ -31,6 +31,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+# %% ../nbs/11_pipeline.ipynb #own-imports
 from .conditioning import tokenize_prompts
 from .correlation import AttributeRetriever
 from .data.images import read_image, to_rgb

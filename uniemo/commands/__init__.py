@@ -53,7 +53,14 @@ if TYPE_CHECKING:
         is_fault,
         requirements,
     )
-    from .photos import find_photos, tell_skipped, understand, understand_photos, write_rows
+    from .photos import (
+        check_file,
+        find_photos,
+        tell_skipped,
+        understand,
+        understand_photos,
+        write_rows,
+    )
     from .pictures import Steps, edit, generate, read_mixture, read_wish
     from .terminal import (
         Device,
@@ -63,9 +70,11 @@ if TYPE_CHECKING:
         choose_device,
         collector_rests,
         examples,
+        hub_answers,
         is_watched,
         load_pipeline,
         print_table,
+        refuse_unreachable,
         shorten,
         silent_libraries,
         working,
@@ -119,7 +128,14 @@ _rooms = {
         "is_fault",
         "requirements",
     ],
-    "photos": ["find_photos", "tell_skipped", "understand", "understand_photos", "write_rows"],
+    "photos": [
+        "check_file",
+        "find_photos",
+        "tell_skipped",
+        "understand",
+        "understand_photos",
+        "write_rows",
+    ],
     "pictures": ["Steps", "edit", "generate", "read_mixture", "read_wish"],
     "terminal": [
         "Device",
@@ -129,9 +145,11 @@ _rooms = {
         "choose_device",
         "collector_rests",
         "examples",
+        "hub_answers",
         "is_watched",
         "load_pipeline",
         "print_table",
+        "refuse_unreachable",
         "shorten",
         "silent_libraries",
         "working",

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from .photos import find_photos, once_for_all, tell_skipped, write_rows
+from .photos import check_file, find_photos, once_for_all, tell_skipped, write_rows
 from uniemo.commands.terminal import (
     Device,
     Model,
@@ -185,15 +185,16 @@ def audit(  # noqa: PLR0913
     "Whether a model uses what its queries look at: hide it, and see."
     paths = find_photos(photos)
     check_new(out)
+    check_file(csv)
     pipe = load_pipeline(model, device, quiet)
     how = dict(fill=fill, window=window)
     table, means, skipped = audit_photos(pipe, paths, out, skip, is_watched(quiet), **how)
     write_rows(table, as_json, csv)
     if out is not None:
-        typer.echo(f"{len(table)} pictures in {shorten(out)}", err=True)
+        typer.echo(f"pictures in {shorten(out)}: {len(table)}", err=True)
     if not (as_json or csv):
         print_tables(table, means)
-    return tell_skipped(table, skipped)
+    return tell_skipped(table, skipped, getattr(pipe, "trained_on", ""))
 
 
 # %% ../../nbs/commands/audit.ipynb #cc6b13f5

@@ -26,7 +26,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Quiet, is_watched, print_table, shorten
+from .terminal import Quiet, hub_answers, is_watched, print_table, shorten
 
 
 # %% ../../nbs/commands/doctor.ipynb #4ba13e61
@@ -162,7 +162,11 @@ def check_places() -> list[tuple]:
         good = os.access(above, os.W_OK)
         remedy = "" if good else f"{above} cannot be written to"
         rows.append((what, f"{shorten(place)}, {free:.0f} GB free", remedy))
-    return rows + [("hub", "offline (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else "online", "")]
+    if HF_HUB_OFFLINE:
+        return rows + [("hub", "not asked (HF_HUB_OFFLINE)", "")]
+    remedy = "only for models and data of the hub: a network, or a folder instead of the name"
+    answers = hub_answers()
+    return rows + [("hub", "answers" if answers else "does not answer", "" if answers else remedy)]
 
 
 # %% ../../nbs/commands/doctor.ipynb #435be063

@@ -18,8 +18,11 @@ from uniemo.commands.terminal import (
     Seed,
     load_pipeline,
     print_table,
+    refuse_unreachable,
     shorten,
+    silent_libraries,
 )
+from ..files.disk import check_regular
 
 
 # %% ../../nbs/commands/pictures.ipynb #3e211cbf
@@ -98,10 +101,11 @@ def read_wish(
     classifier: str | None = None,  # None: the one that `uniemo.explore.media` names
 ) -> str | dict[str, float]:
     "What is to be painted, from the one thing of these that is given."
-    if sum(given is not None for given in (emotion, mix, text, audio)) != 1:
+    given = sum(one is not None for one in (emotion, mix, text, audio))
+    if given != 1:
         raise ValueError(
-            "which emotion? give one, as in: uniemo generate awe, "
-            "or one of --mix, --text and --audio, not both"
+            "which emotion? give one, as in: uniemo generate awe, or instead of it "
+            "--mix, --text or --audio" + (", not both" if given else "")
         )
     if emotion is not None:
         return emotion
@@ -109,9 +113,15 @@ def read_wish(
         return read_mixture(mix)
     from uniemo.explore import media
 
-    if text is not None:
-        return media.emotion_of_text(text, classifier or media.TEXT_MODEL)
-    return media.emotion_of_audio(audio, classifier or media.AUDIO_MODEL)
+    model = classifier or (media.TEXT_MODEL if text is not None else media.AUDIO_MODEL)
+    if audio is not None:
+        # a file that is not there is told before a model is fetched
+        check_regular(audio)
+    refuse_unreachable(model, "--classifier")
+    with silent_libraries():
+        if text is not None:
+            return media.emotion_of_text(text, model)
+        return media.emotion_of_audio(audio, model)
 
 
 # %% ../../nbs/commands/pictures.ipynb #a4c8e5f0

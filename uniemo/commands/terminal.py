@@ -16,6 +16,8 @@ __all__ = [
     "silent_libraries",
     "collector_rests",
     "choose_device",
+    "hub_answers",
+    "refuse_unreachable",
     "load_pipeline",
 ]
 
@@ -115,18 +117,22 @@ def working(
 # %% ../../nbs/commands/terminal.ipynb #63f23360
 @contextmanager
 def silent_libraries() -> Iterator[None]:
-    "While inside, transformers and diffusers say errors only, and show no bars while loading."
+    "While inside, libraries of models say errors only, and show no bars while loading."
     from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import logging as of_hub
     from transformers.utils import logging as of_transformers
 
     logs = (of_transformers, of_diffusers)
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    hub = of_hub.get_verbosity()
+    of_hub.set_verbosity_error()
     for log in logs:
         log.set_verbosity_error()
         log.disable_progress_bar()
     try:
         yield
     finally:
+        of_hub.set_verbosity(hub)
         for log, (verbosity, bars) in zip(logs, before):
             log.set_verbosity(verbosity)
             if bars:
@@ -166,6 +172,44 @@ def choose_device(
     return device
 
 
+# %% ../../nbs/commands/terminal.ipynb #7e1b0c02
+def hub_answers(
+    seconds: float = 4,  # that it may take
+) -> bool:
+    "Whether models can be fetched from the hub."
+    from urllib.error import HTTPError, URLError
+    from urllib.request import urlopen
+
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return False
+    try:
+        with urlopen(ENDPOINT, timeout=seconds):
+            return True
+    except HTTPError:
+        # it answers, if only to say no
+        return True
+    except (URLError, OSError):
+        return False
+
+
+def refuse_unreachable(
+    model: str,  # as `--model` names it
+    option: str = "--model",  # that gave it
+):
+    "Refuse a model of the hub at once where it is not in the cache and the hub does not answer."
+    if model.count("/") != 1 or Path(model).expanduser().exists():
+        return
+    from uniemo.files.needed import local_folder
+
+    if local_folder(model) is None and not hub_answers():
+        raise FileNotFoundError(
+            f"{model}: there is no such folder, it is not in the hub's cache, and the hub does not "
+            f"answer; give {option} a folder on this machine, or connect to the network"
+        )
+
+
 # %% ../../nbs/commands/terminal.ipynb #2eb23531
 def load_pipeline(
     model: str = "mini",  # as `--model` names it
@@ -175,6 +219,7 @@ def load_pipeline(
     "The pipeline that `--model` names, on its device."
     with working("loading the model", quiet), silent_libraries():
         device = choose_device(device)
+        refuse_unreachable(model)
         from uniemo.diffusion.any_family import open_trained
 
         pipe = open_trained(model).to(device)

@@ -517,6 +517,11 @@ def _rows_of(table):
 
 
 # %% ../../nbs/runs/cli.ipynb #c90c898d
+def _tell_warning(message, *where, **how):
+    "A warning in a line of its own; the place in the code says nothing to those who type."
+    print(f"uniemo: {message}", file=sys.stderr)
+
+
 def main(
     argv: list[str] | None = None,  # None: of the process
 ) -> int:  # the exit code
@@ -531,6 +536,7 @@ def main(
             warnings.simplefilter("ignore", PendingDeprecationWarning)
             # an event loop that gradio leaves to the collector
             warnings.simplefilter("ignore", ResourceWarning)
+            warnings.showwarning = _tell_warning
             return command.main(join_pairs(argv), "uniemo", standalone_mode=False) or 0
     except typer.TyperException as e:
         text = e.format_message()

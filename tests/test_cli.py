@@ -134,6 +134,16 @@ def test_run_list_compare(tmp_path):
         (["runs", "compare", "nope", "no"], "no run"),
         (["runs", "compare"], "two runs"),
         (["list", "nope"], "no experiment"),
+        (["run", "quickstart", "-p", "seed", "-1"], "seed must be at least 0"),
+        (["run", "quickstart", "-p", "num_train", "0"], "num_train must be at least 1"),
+        (["run", "quickstart", "-p", "ratio", "1"], "ratio must be below 1"),
+        (
+            ["run", "quickstart", "-p", "backbone", "nowhere"],
+            "backbone: there is no file or folder",
+        ),
+        (["run", "quickstart", "-p", "diffusion", "nowhere"], "diffusion: there is no file"),
+        (["run", "quickstart", "-p", "data", "none.csv"], "data: there is no file or folder"),
+        (["run", "understanding", "-p", "num_threads", "many"], "no int or None"),
     ],
 )
 def test_refused_with_one_line(tmp_path, monkeypatch, capsys, args, part):

@@ -89,12 +89,21 @@ def test_help_has_examples(name):
     assert code == 0 and "Examples:" in out and f"uniemo {name}" in out
 
 
+def test_help_tells_the_exit_codes():
+    code, out, _ = run("--help")
+    said = " ".join(out.split())
+    assert code == 0 and "Exit codes: 0 all went well; 1 something was found" in said
+
+
 @pytest.mark.parametrize(
     "args, part",
     [
         (["understand", "none.jpg"], "none.jpg: no such file"),
         (["understand", "photos/notes.txt"], "notes.txt"),
         (["understand", "photos", "-m", "nowhere"], "nowhere"),
+        (["understand", "photos/awe/a.jpg", "photos/notes.txt"], "--skip"),
+        (["understand", "photos", "--plot", "look.xyz"], "look.xyz: a picture ends in .png"),
+        (["understand", "photos", "--csv", "nowhere/read.csv"], "there is no folder nowhere"),
         (["understand"], "Missing argument"),
         (["generate"], "which emotion?"),
         (["generate", "awe", "--mix", "awe=1"], "not both"),

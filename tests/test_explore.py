@@ -195,8 +195,25 @@ def test_a_text_is_painted_by_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(media, "emotion_of_text", read)
     out = tmp_path / "out"
     call = ["generate", "--text", "a storm came", "-n", "1", "--steps", "2", "--out", str(out)]
-    assert main([*call, "--classifier", "my/model", "-q"]) == 0
-    assert asked == [("a storm came", "my/model")]
+    classifier = tmp_path / "classifier"
+    classifier.mkdir()
+    assert main([*call, "--classifier", str(classifier), "-q"]) == 0
+    assert asked == [("a storm came", str(classifier))]
     assert "fear 0.75 + awe 0.25" in (out / "images.csv").read_text()
     assert main(["generate", "awe", "--text", "a storm"]) == 2
     assert "not both" in capsys.readouterr().err
+
+
+def test_a_classifier_out_of_reach_is_told_in_one_line(monkeypatch, tmp_path, capsys):
+    "Without a network nothing tries again and again."
+    from uniemo.commands import terminal
+    from uniemo.runs.cli import main
+
+    monkeypatch.setattr(terminal, "hub_answers", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    for call in (["--text", "a storm"], ["--text", "a storm", "--classifier", "nobody/nothing"]):
+        assert main(["generate", *call]) == 2
+        said = capsys.readouterr().err.strip()
+        assert "--classifier" in said and len(said.splitlines()) == 1
+    assert main(["generate", "awe", "-m", "nobody/nothing"]) == 2
+    assert "nobody/nothing: there is no such folder" in capsys.readouterr().err

@@ -56,7 +56,7 @@ sys.exit(max(main(arguments) for arguments in asked))
 
 
 # what a picture of two steps deserves to hear, with the line that asked
-UNLIKE = re.compile(r".*Warning: 1 of 1 images are unlike .*\n(  .*\n)?")
+UNLIKE = re.compile(r".*1 of 1 images are unlike .*\n(  .*\n)?")
 
 
 def run(code, folder):

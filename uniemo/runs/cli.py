@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "application",
+    "EXIT_CODES",
     "EVERYDAY",
     "Pairs",
     "join_pairs",
@@ -128,6 +129,12 @@ application = typer.Typer(
 )
 
 
+EXIT_CODES = (
+    "Exit codes: 0 all went well; 1 something was found or left out, or a run failed; "
+    "2 refused before it began; 130 and 143 stopped from outside."
+)
+
+
 def _show_version(wanted: bool):
     if wanted:
         print(f"uniemo {uniemo.__version__}")
@@ -141,6 +148,7 @@ def _show_version(wanted: bool):
         "uniemo generate awe -n 8 --out pictures",
         "uniemo run quickstart -p seed 3",
     )
+    + f"\n\n{EXIT_CODES}"
 )
 def about(
     version: Annotated[

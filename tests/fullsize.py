@@ -5,7 +5,7 @@ what the operating system measured beside the estimate, and writes it to fullsiz
 joint step against a pipeline of SDXL's size, where the estimate stays below the limit and fits the
 machine; else the figure is said, and the step is left out.
 `python tests/fullsize.py --config mini` is the same with small models, without SDXL;
-`--only sdxl` is that step alone.
+`--only sdxl` is that step alone; what the file says of the others stays.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def peak():
     )
 
 
-def photographs(size, mean, std, vae_size):
+def photographs(encoder, vae_size):
     "Items as a data set gives them, one crop for encoder and autoencoder."
     import torch
     from PIL import Image
@@ -37,7 +37,9 @@ def photographs(size, mean, std, vae_size):
 
     from uniemo.data.transforms import joint_transform
 
-    view, rows = joint_transform(size, mean, std, vae_size), []
+    own = encoder.config
+    view = joint_transform(own.image_size, own.image_mean, own.image_std, vae_size)
+    rows = []
     for k, name in enumerate(PHOTOS):
         objects = torch.zeros(409)
         objects[[k, k + 7]] = 1
@@ -62,10 +64,10 @@ def joint(config, diffusion, steps):
 
     p = build(config, diffusion)
     stage = JointStage(p.encoder, p.mapper, p.retriever, p, config, p.text)
-    return timed(stage, p.encoder.config, config)
+    return timed(stage, p.encoder, config)
 
 
-def timed(stage, c, config):
+def timed(stage, encoder, config):
     "Train a stage on photographs: seconds of each step, and the last loss."
     from uniemo.train.callbacks import Callback
     from uniemo.train.trainer import Trainer
@@ -78,7 +80,7 @@ def timed(stage, c, config):
             self.times.append(time.perf_counter())
 
     clock = Clock()
-    images = photographs(c.image_size, c.image_mean, c.image_std, config.vae_size)
+    images = photographs(encoder, config.vae_size)
     trainer = Trainer(stage, config, images, progress=False).add(clock).fit()
     return dict(
         seconds=[b - a for a, b in zip(clock.times, clock.times[1:])],
@@ -100,7 +102,7 @@ def sdxl(config, diffusion, steps):
     mapper = larger_mapper(parts.encoder, pipe)
     retriever = build_retriever(config, parts.text)
     stage = PipelineStage(parts.encoder, mapper, retriever, pipe, config, parts.text)
-    return timed(stage, parts.encoder.config, config)
+    return timed(stage, parts.encoder, config)
 
 
 def generation(config, diffusion, steps):
@@ -113,8 +115,7 @@ def generation(config, diffusion, steps):
     from uniemo.space import fit_space
 
     p = build(config, diffusion)
-    c = p.encoder.eval().config
-    rows = photographs(c.image_size, c.image_mean, c.image_std, config.vae_size)
+    rows = photographs(p.encoder.eval(), config.vae_size)
     batch = {
         k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in ("pixel_values", "label")
     }
@@ -196,7 +197,10 @@ def main(args):
     from uniemo.runs.estimate import estimate
 
     if args.only == "sdxl":
-        return 0 if larger(args) else 1
+        found = larger(args)
+        if args.out and found:
+            write(args.out, sdxl=found)
+        return 0 if found else 1
     rows, ok = [], True
     for stage, steps in (("joint", 2), ("generation", 3)):
         t = estimate(
@@ -237,22 +241,14 @@ def main(args):
     found = {} if args.config == "mini" else larger(args)
     ok &= found is not None
     if args.out:
-        Path(args.out).write_text(
-            json.dumps(
-                dict(
-                    sdxl=found,
-                    config=args.config,
-                    threads=args.threads,
-                    torch=torch.__version__,
-                    python=platform.python_version(),
-                    cores=os.cpu_count(),
-                    limit_gb=LIMIT / 1e9,
-                    rows=rows,
-                ),
-                indent=1,
-            )
-            + "\n"
+        environment = dict(
+            config=args.config,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            cores=os.cpu_count(),
+            limit_gb=LIMIT / 1e9,
         )
+        write(args.out, **environment, threads=args.threads, rows=rows, sdxl=found)
     print(
         "peak below the limit, estimates within 20%"
         if ok
@@ -275,7 +271,7 @@ def larger(args):
     how = dict(diffusion="sdxl", device="cpu")
     expected = float(estimate(config, ("joint",), ("fp32",), **how)["fp32 GB"].iloc[-1])
     free = psutil.virtual_memory().available / 1e9
-    row = {"side": SDXL["vae_size"], "estimated GB": round(expected, 2)}
+    row = {"side": SDXL["vae_size"], "threads": args.threads, "estimated GB": round(expected, 2)}
     most = min(LIMIT / 1e9, free / 1.2)
     if expected > most:
         row["left out"] = f"{expected:.1f} GB are needed, and at most {LIMIT / 1e9:.0f} are used"
@@ -289,6 +285,13 @@ def larger(args):
     print("a step of SDXL's size:", row, dict(loss=m["loss"]), flush=True)
     near = abs(expected * 1e9 / m["peak"] - 1) <= 0.2
     return row if near and m["peak"] < LIMIT else None
+
+
+def write(path, **found):
+    "Put what was found into the file; what it says beside that stays."
+    path = Path(path)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | found, indent=1) + "\n")
 
 
 def measured(args, stage):

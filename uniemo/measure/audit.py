@@ -237,10 +237,9 @@ def _own_and_others(each):
 def block_interval(
     a: ArrayLike,  # [rows, columns]
     b: ArrayLike,  # [rows, columns]
-    block: int = 2,  # patches a side that are drawn together
-    draws: int = 500,
 ) -> Interval:
     "`Interval` of the agreement of two maps of one image over blocks of patches."
+    block = 2  # patches a side that are drawn together
     a, b = (flat(as_array(x)[None]).reshape(np.shape(x)) for x in (a, b))
     if a.shape != b.shape or min(a.shape) < 2 * block:
         raise ValueError(f"two maps of at least {2 * block} patches a side, not {a.shape}")
@@ -249,7 +248,7 @@ def block_interval(
     for x in (a, b):
         x = x[: rows * block, : columns * block].reshape(rows, block, columns, block)
         parts.append(x.transpose(0, 2, 1, 3).reshape(rows * columns, -1))
-    found = bootstrap(_of_blocks, *parts, n=draws)
+    found = bootstrap(_of_blocks, *parts, n=500)
     own = rank_correlation(a.reshape(1, -1), b.reshape(1, -1))[0]
     # a side that does not divide leaves patches out of the draws, not out of the value
     return Interval(float(own), min(found.low, float(own)), max(found.high, float(own)))

@@ -168,11 +168,10 @@ DRAWN = 8  # regions by lot, whose mean is taken
 def quarters(
     attention: ArrayLike,  # [rows, columns]
     rng: np.random.Generator,  # of the regions by lot
-    share: float = 0.25,  # of the patches
 ) -> np.ndarray:
     "Masks bool [2 + DRAWN, rows, columns]: the most attended, the least attended, some by lot."
     a = as_array(attention)
-    count = max(1, round(share * a.size))
+    count = max(1, round(a.size / 4))
     order = np.argsort(-a, axis=None, kind="stable")
     chosen = [order[:count], order[-count:]]
     chosen += [rng.permutation(a.size)[:count] for _ in range(DRAWN)]

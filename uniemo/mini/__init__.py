@@ -134,6 +134,21 @@ if TYPE_CHECKING:
         pair_posterior,
         pair_row,
     )
+    from .joined import (
+        IMPLICIT,
+        JOINING,
+        Joining,
+        beginning_of,
+        continued,
+        joined,
+        joint_training,
+        joint_training_shuffled,
+        read_test,
+        stage_1_continued,
+        told_of,
+        with_other_images,
+        without_test,
+    )
     from .judge import (
         Judge,
         Judgement,
@@ -424,6 +439,21 @@ _rooms = {
         "is_override",
         "pair_posterior",
         "pair_row",
+    ],
+    "joined": [
+        "IMPLICIT",
+        "JOINING",
+        "Joining",
+        "beginning_of",
+        "continued",
+        "joined",
+        "joint_training",
+        "joint_training_shuffled",
+        "read_test",
+        "stage_1_continued",
+        "told_of",
+        "with_other_images",
+        "without_test",
     ],
     "judge": [
         "Judge",

@@ -213,7 +213,7 @@ def random_encoder(config: UnderstandingConfig) -> ExpertQueryModel:
             raise ValueError(f"image_size {config.image_size} is no multiple of a patch's {patch}")
         vision.image_size = config.image_size
     vision.dtype = torch.get_default_dtype()  # a checkpoint in half precision says so
-    return ExpertQueryModel(
+    encoder = ExpertQueryModel(
         ExpertQueryConfig(
             vision,
             config.num_queries,
@@ -224,6 +224,10 @@ def random_encoder(config: UnderstandingConfig) -> ExpertQueryModel:
             affect_names=list(AFFECT) if config.affect_weight else None,
         )
     )
+    # what a checkpoint would say of its images is that of its family
+    encoder.config.image_mean = encoder.view.image_mean
+    encoder.config.image_std = encoder.view.image_std
+    return encoder
 
 
 # %% ../../nbs/runs/parts.ipynb #e475dfd1

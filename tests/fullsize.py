@@ -6,6 +6,7 @@ joint step against a pipeline of SDXL's size, where the estimate stays below the
 machine; else the figure is said, and the step is left out.
 `python tests/fullsize.py --config mini` is the same with small models, without SDXL;
 `--only sdxl` is that step alone; what the file says of the others stays.
+`--table` measures nothing: it writes nbs/diffusion/memory.csv, what the larger families will take.
 """
 
 import argparse
@@ -19,6 +20,14 @@ import time
 from pathlib import Path
 
 LIMIT = 20e9  # bytes that may be used at most
+TABLE = Path(__file__).resolve().parent.parent / "nbs" / "diffusion" / "memory.csv"
+# side in pixels that a model paints, and what `--diffusion` is told; None: the preset's own
+FAMILIES = {
+    "Stable Diffusion 1.5": (512, None),
+    "Stable Diffusion XL": (1024, "sdxl"),
+    "Stable Diffusion 3.5 medium": (1024, "sd3.5-medium"),
+    "FLUX.1": (1024, "flux"),
+}
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")  # of scikit-image
 
 
@@ -287,6 +296,38 @@ def larger(args):
     return row if near and m["peak"] < LIMIT else None
 
 
+def predicted(family):
+    "A row of the table: billions of parameters, and GB on a GPU in bf16."
+    from uniemo.runs.estimate import estimate
+
+    side, diffusion = FAMILIES[family]
+    how = dict(device="cuda", diffusion=diffusion)
+    step = dict(batch_size=1, vae_size=side, gradient_checkpointing=True)
+    training = estimate("paper", ("joint",), ("bf16",), **how, **step).droplevel("stage")
+    image = estimate("paper", ("generation",), ("bf16",), num_images=1, **how).droplevel("stage")
+    count = training.parameters / 1e9
+    texts = [part for part in count.index if part.startswith("text_encoder")]
+    denoiser = count["unet" if "unet" in count else "transformer"]
+    return {
+        "side": side,
+        "denoiser, billions": round(denoiser, 2),
+        "text encoders, billions": round(count[texts].sum(), 2),
+        "training step, GB": round(training["bf16 GB"]["all"], 1),
+        "one image, GB": round(image["bf16 GB"]["all"], 1),
+    }
+
+
+def write_table():
+    "Predict all of them."
+    import pandas as pd
+
+    rows = {family: predicted(family) for family in FAMILIES}
+    table = pd.DataFrame(rows).T.rename_axis("family").astype({"side": int})
+    print(table.to_string())
+    table.to_csv(TABLE, lineterminator="\n")
+    return 0
+
+
 def write(path, **found):
     "Put what was found into the file; what it says beside that stays."
     path = Path(path)
@@ -315,8 +356,9 @@ if __name__ == "__main__":
     p.add_argument("--config", default="paper")
     p.add_argument("--diffusion")
     p.add_argument("--out")
+    p.add_argument("--table", action="store_true")
     a = p.parse_args()
     a.diffusion = a.diffusion or (
         "mini" if a.config == "mini" else "stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
-    sys.exit(child(a) if a.child else main(a))
+    sys.exit(child(a) if a.child else write_table() if a.table else main(a))

@@ -61,6 +61,8 @@ LOOK = """
     if (!hidden && (box.width < 1 || box.height < 1)) wrong.push(`not drawn: ${said}`);
     if (math.scrollWidth > math.clientWidth + 2) wrong.push(`a formula is cut off: ${said}`);
   }
+  for (const said of document.querySelectorAll("main .cell-output pre"))
+    if (said.scrollWidth > said.clientWidth + 2) wrong.push("an output is cut off");
   if (document.querySelector("span.math")) wrong.push("a formula is still TeX");
   if (root.scrollWidth > window.innerWidth + 1) wrong.push("wider than the window");
   return wrong;
@@ -233,6 +235,22 @@ def test_every_page_in_both_schemes(site, tmp_path):
             wrong += [f"{page}: {o}" for o in dict.fromkeys(found)]
         assert browser.foreign() == []
     assert wrong == [], "\n".join(wrong)
+
+
+CUT = """[...document.querySelectorAll("main .cell-output-display")]
+  .filter(o => o.querySelector("table") && o.scrollWidth > o.clientWidth + 2).length"""
+
+
+@needs_browser
+def test_verdicts_are_seen_without_scrolling(site, tmp_path):
+    "On a laptop's screen every column of the claims is there, the last one too."
+    pytest.importorskip("websocket")
+    with served(site, NothingToFind) as address, Browser(tmp_path / "profile") as browser:
+        browser.socket.settimeout(PATIENCE)
+        browser.open(address + "experiments/claims.html")
+        promised(browser, LOADED)
+        assert browser.js("document.body.textContent.includes('verdict')")
+        assert browser.js(CUT) == 0
 
 
 @needs_browser

@@ -29,10 +29,10 @@ from ..words import EmotionWords
 
 # %% ../../nbs/diffusion/any_family.ipynb #a8faa54c
 def keep_lora(
-    stage,  # of stage 2, after training
+    stage: torch.nn.Module,  # of stage 2, after training
     diffusion: DiffusionPipeline,
     folder: str | Path,  # of the pipeline that it belongs to
-):
+) -> None:
     "Write the LoRA of a stage that trained one; else nothing."
     if stage.config.lora_rank:
         save_lora(stage.unet, diffusion, Path(folder) / LORA_FOLDER)
@@ -104,7 +104,7 @@ class FamilyPipeline(Reader):
         whole: bool = False,
         # that name or path; None: what the pipeline was made from
         diffusion: str | Path | None = None,
-    ):
+    ) -> None:
         "Save what `from_pretrained` reads."
         name = diffusion or self.diffusion_name
         if whole or name is None:
@@ -124,7 +124,7 @@ class FamilyPipeline(Reader):
         self.diffusion.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
-    def set_progress_bar_config(self, **kwargs):
+    def set_progress_bar_config(self, **kwargs) -> None:
         "Of the diffusers pipeline, which paints."
         super().set_progress_bar_config(**kwargs)
         self.diffusion.set_progress_bar_config(**kwargs)
@@ -134,7 +134,7 @@ class FamilyPipeline(Reader):
         compile_painter(self.diffusion, **settings)
         return self
 
-    def check_call(self, settings: dict):
+    def check_call(self, settings: dict) -> None:
         "A `ValueError` for a setting that the diffusers pipeline does not have."
         known = inspect.signature(self.diffusion.__call__).parameters
         unknown = [name for name in settings if name not in known]
@@ -194,7 +194,7 @@ class FamilyPipeline(Reader):
 
 # %% ../../nbs/diffusion/any_family.ipynb #d7a3377c
 def pipeline_class(
-    diffusion,  # a pipeline, a folder, a hub id or 'mini'
+    diffusion: str | Path | DiffusionPipeline,  # a pipeline, a folder, a hub id or 'mini'
 ) -> "type[UniEmoPipeline] | type[FamilyPipeline]":
     "What reads and paints with a diffusion model."
     if isinstance(diffusion, str | Path):

@@ -10,7 +10,12 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from diffusers.utils import is_ftfy_available
 
 from ..losses import diffusion_target
@@ -18,7 +23,7 @@ from ..towers import family_of
 
 
 # %% ../../nbs/diffusion/denoisers.ipynb #44b0bdd0
-def is_flow(scheduler) -> bool:
+def is_flow(scheduler: SchedulerMixin) -> bool:
     "Whether a pipeline's scheduler follows a flow from noise to image."
     if type(scheduler).__name__.startswith("FlowMatch"):
         return True
@@ -27,7 +32,7 @@ def is_flow(scheduler) -> bool:
     return flow or bool(getattr(config, "use_flow_sigmas", False))
 
 
-def noise_scheduler(scheduler) -> "DDPMScheduler | FlowMatchEulerDiscreteScheduler":
+def noise_scheduler(scheduler: SchedulerMixin) -> "DDPMScheduler | FlowMatchEulerDiscreteScheduler":
     "The scheduler that adds noise in training, with the settings of a pipeline's own."
     if not is_flow(scheduler):
         # samplers add the same noise, but not all of them can tell the velocity
@@ -42,7 +47,7 @@ def noise_scheduler(scheduler) -> "DDPMScheduler | FlowMatchEulerDiscreteSchedul
 class Noise:
     "Latents with noise, and what a denoiser should say of them."
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler: SchedulerMixin):
         self.scheduler = noise_scheduler(scheduler)
         self.flow = is_flow(scheduler)
 
@@ -54,13 +59,17 @@ class Noise:
         table = self.scheduler.timesteps.to(places.device)
         return table[len(table) - 1 - places]
 
-    def add(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor):
+    def add(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         "Noised latents [B, C, h, w]."
         if self.flow:
             return self.scheduler.scale_noise(latents, timesteps, noise)
         return self.scheduler.add_noise(latents, noise, timesteps)
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor):
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         "What the denoiser should say [B, C, h, w]: noise, velocity, or the flow's direction."
         if self.flow:
             return noise - latents
@@ -94,16 +103,18 @@ class Denoiser:
         fixed["clean_caption"] = is_ftfy_available() and fixed.get("clean_caption", False)
         return {name: value for name, value in fixed.items() if name in known}
 
-    def encode(self, prompts: Sequence[str], device) -> dict:
+    def encode(self, prompts: Sequence[str], device: torch.device | str) -> dict:
         "What the denoiser reads of prompts: tensors [B, ...], or lists of B, by name."
         found = self.pipe.encode_prompt(prompt=list(prompts), device=device, **self.settings())
         return self.named(found)
 
-    def named(self, found) -> dict:
+    def named(self, found: Sequence) -> dict:
         "The denoiser's arguments of what `encode_prompt` gave."
         return dict(encoder_hidden_states=found[0])
 
-    def predict(self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict):
+    def predict(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict
+    ) -> torch.Tensor:
         "The answer [B, C, h, w] for noised latents."
         return self.model(noised, timesteps, **condition).sample
 
@@ -112,10 +123,12 @@ class Denoiser:
 class XLDenoiser(Denoiser):
     "Stable Diffusion XL: also reads the pooled text and the image's size."
 
-    def named(self, found):
+    def named(self, found: Sequence) -> dict:
         return dict(encoder_hidden_states=found[0], text_embeds=found[2])
 
-    def predict(self, noised, timesteps, condition):
+    def predict(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict
+    ) -> torch.Tensor:
         height, width = (self.pipe.vae_scale_factor * side for side in noised.shape[-2:])
         # the size before and after the crop, and where it was cut
         sizes = torch.tensor([height, width, 0, 0, height, width], device=noised.device)
@@ -131,10 +144,12 @@ class SD3Denoiser(Denoiser):
 
     part = "transformer"
 
-    def named(self, found):
+    def named(self, found: Sequence) -> dict:
         return dict(encoder_hidden_states=found[0], pooled_projections=found[2])
 
-    def predict(self, noised, timesteps, condition):
+    def predict(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict
+    ) -> torch.Tensor:
         return self.model(hidden_states=noised, timestep=timesteps, **condition).sample
 
 
@@ -148,10 +163,12 @@ class FluxDenoiser(Denoiser):
 
     part = "transformer"
 
-    def named(self, found):
+    def named(self, found: Sequence) -> dict:
         return dict(encoder_hidden_states=found[0], pooled_projections=found[1])
 
-    def predict(self, noised, timesteps, condition):
+    def predict(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict
+    ) -> torch.Tensor:
         size, channels, height, width = noised.shape
         pipe = self.pipe
         packed = pipe._pack_latents(noised, size, channels, height, width)
@@ -185,10 +202,12 @@ class PixArtDenoiser(Denoiser):
 
     part = "transformer"
 
-    def named(self, found):
+    def named(self, found: Sequence) -> dict:
         return dict(encoder_hidden_states=found[0], encoder_attention_mask=found[1])
 
-    def predict(self, noised, timesteps, condition):
+    def predict(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict
+    ) -> torch.Tensor:
         sizes = dict(resolution=None, aspect_ratio=None)
         answer = self.model(noised, timestep=timesteps, added_cond_kwargs=sizes, **condition).sample
         return without_variance(answer, noised)
@@ -198,7 +217,9 @@ class PixArtDenoiser(Denoiser):
 class SanaDenoiser(PixArtDenoiser):
     "Sana: as PixArt-Sigma, with its own scale of time."
 
-    def predict(self, noised, timesteps, condition):
+    def predict(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict
+    ) -> torch.Tensor:
         times = timesteps * self.model.config.timestep_scale
         answer = self.model(noised, timestep=times, **condition).sample
         return without_variance(answer, noised)
@@ -210,10 +231,12 @@ class ZImageDenoiser(Denoiser):
 
     part = "transformer"
 
-    def named(self, found):
+    def named(self, found: Sequence) -> dict:
         return dict(cap_feats=found[0])
 
-    def predict(self, noised, timesteps, condition):
+    def predict(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, condition: dict
+    ) -> torch.Tensor:
         images = list(noised.unsqueeze(2).unbind())
         times = (1000 - timesteps) / 1000
         answers = self.model(images, times, **condition, return_dict=False)[0]

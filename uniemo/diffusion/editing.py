@@ -24,7 +24,7 @@ from ..words import EmotionWords
 # %% ../../nbs/diffusion/editing.ipynb #52faf68e
 def read_mask(
     # a path, a Pillow image, or an array [H, W] of bool or of bytes
-    mask,
+    mask: str | Path | Image.Image | np.ndarray,
 ) -> Image.Image:
     "A mask as a Pillow image of 0 and 255; 128 and above count as white."
     if isinstance(mask, (str, Path)):
@@ -44,7 +44,7 @@ def read_mask(
 
 def keep(
     # of what stays, as for `read_mask`
-    mask,
+    mask: str | Path | Image.Image | np.ndarray,
 ) -> Image.Image:
     "The mask of everything else."
     return ImageOps.invert(read_mask(mask))
@@ -66,7 +66,7 @@ class Edits:
         # Pillow images
         photos: Sequence[Image.Image],
         # of `Sampling`: a mask, a list of them, or None
-        mask,
+        mask: str | Path | Image.Image | np.ndarray | list | None,
         num_images: int,
         # height and width in pixels of the results
         sides: tuple[int, int],
@@ -112,14 +112,14 @@ class Edits:
 
 
 # %% ../../nbs/diffusion/editing.ipynb #2b7dcc5a
-def check_number(given: Sequence, wanted: int, what: str):
+def check_number(given: Sequence, wanted: int, what: str) -> None:
     "A `ValueError` unless there is one for all results, or one each."
     if len(given) not in (1, wanted):
         raise ValueError(f"{len(given)} {what} for {wanted} results: give one, or one each")
 
 
 # %% ../../nbs/diffusion/editing.ipynb #55a6d760
-def check_sizes(photos: Sequence[Image.Image], masks: Sequence[Image.Image]):
+def check_sizes(photos: Sequence[Image.Image], masks: Sequence[Image.Image]) -> None:
     "A `ValueError` unless each mask is as large as its image."
     count = max(len(photos), len(masks))
     pairs = zip(*(list(images) * (count // len(images)) for images in (photos, masks)))
@@ -142,7 +142,12 @@ class ReferenceSpace:
     ):
         self.features = features
 
-    def sample(self, wish, num_samples: int, generators=None) -> tuple:
+    def sample(
+        self,
+        wish: str | int | dict | Sequence,
+        num_samples: int,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> tuple:
         "The features, [num_samples, d] each."
         return tuple(feature.expand(num_samples, -1) for feature in self.features)
 
@@ -151,7 +156,7 @@ class ReferenceSpace:
 def words_like(
     words: EmotionWords,
     # a Pillow image or a path
-    reference,
+    reference: str | Path | Image.Image,
 ) -> tuple[EmotionWords, str]:
     "Words of a reference image, with the same parts, and the emotion that is read in it."
     encoder = words.encoder

@@ -15,9 +15,10 @@ __all__ = [
 # %% ../../nbs/diffusion/families.ipynb #1e3a6d52
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -72,7 +73,7 @@ class CallMemory:
 
 
 # %% ../../nbs/diffusion/families.ipynb #e47dbdde
-def call_key(value):
+def call_key(value: object) -> str | tuple:
     "An argument as something that can be compared: tensors by their values."
     if isinstance(value, tuple):
         return tuple(call_key(one) for one in value)
@@ -106,7 +107,7 @@ class PipelinePart(DenoisingPart):
         diffusion: DiffusionPipeline,
         # batches bring latents: the autoencoder is not needed
         cached: bool = False,
-    ):
+    ) -> None:
         "Keep the pipeline's parts, frozen."
         self.use_pipeline(diffusion)
         self.vae = None if cached else diffusion.vae.requires_grad_(False)
@@ -115,7 +116,7 @@ class PipelinePart(DenoisingPart):
         self.memory = CallMemory()
         self.checkpointed = []
 
-    def use_pipeline(self, pipe: DiffusionPipeline):
+    def use_pipeline(self, pipe: DiffusionPipeline) -> None:
         "Its denoiser and its text towers, frozen."
         self.pipe = pipe
         self.denoiser = denoiser_of(pipe)
@@ -125,11 +126,11 @@ class PipelinePart(DenoisingPart):
         encoders = [tower.encoder.requires_grad_(False) for tower in self.towers]
         self.text_encoders = nn.ModuleList(encoders)
 
-    def word_readers(self):
+    def word_readers(self) -> list[tuple]:
         pairs = zip(self.towers, self.mapper.token_sizes)
         return [(tower.encoder, tower.original_tokenizer) for tower, size in pairs if size]
 
-    def read_prompts(self, prompts, words=None):
+    def read_prompts(self, prompts: Sequence[str], words: Sequence | None = None) -> dict:
         "The condition of prompts, with words in their places or without any."
         with ExitStack() as stack:
             if words is not None:
@@ -140,24 +141,24 @@ class PipelinePart(DenoisingPart):
         "Of all towers' words, side by side."
         return sum(self.mapper.token_sizes)
 
-    def diffusion_blocks(self):
+    def diffusion_blocks(self) -> list[nn.Module]:
         "The denoiser's blocks, each of which may be compiled; a compiled text tower skips hooks."
         return regions(self.unet)
 
-    def checkpoint_text(self):
+    def checkpoint_text(self) -> None:
         "Let the text towers that read words compute their inner states anew."
         for tower, size in zip(self.towers, self.mapper.token_sizes):
             if size:
                 self.checkpointed += checkpointed_layers(tower.encoder)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "PipelinePart":
         super().train(mode)
         for layer in self.checkpointed:
             # this flag alone: what drops values at random is in evaluation
             layer.training = mode
         return self
 
-    def hold_frozen(self, dtype: torch.dtype):
+    def hold_frozen(self, dtype: torch.dtype) -> None:
         "Copies in this type; CLIP stays in float32: words differ by little, and it costs little."
         with quiet():
             pipe = copy.copy(self.pipe)
@@ -174,13 +175,18 @@ class PipelinePart(DenoisingPart):
 
     # ---- words
 
-    def words(self, out, emotion: torch.Tensor) -> tuple:
+    def words(
+        self,
+        # the encoder's `ExpertQueryOutput`
+        out: Any,
+        emotion: torch.Tensor,
+    ) -> tuple:
         "Words for every tower, [B, k, d] or None, and the retrieved."
         features = (out.class_features, out.scene_features, out.object_features)
         words, found = tower_words(self.model, self.mapper, self.retriever, *features, emotion)
         return with_tokens(words), found
 
-    def words_of(self, *features):
+    def words_of(self, *features) -> list:
         return with_tokens(self.mapper.all_words(*features))
 
     def joined(self, words: list) -> torch.Tensor:
@@ -218,7 +224,9 @@ class PipelinePart(DenoisingPart):
 
     # ---- the answer
 
-    def denoise(self, latents, embeds, noise, timesteps):
+    def denoise(
+        self, latents: torch.Tensor, embeds: dict, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple:
         "The denoiser's answer for latents noised at places [B], and what it should be."
         times = self.noise.timesteps(timesteps)
         noised = self.noise.add(latents, noise, times)
@@ -276,7 +284,7 @@ def save_lora(
     model: nn.Module,
     pipe: DiffusionPipeline,
     folder: str | Path,
-):
+) -> None:
     "Write what `pipe.load_lora_weights(folder)` reads."
     from peft import get_peft_model_state_dict
 

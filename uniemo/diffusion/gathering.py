@@ -88,7 +88,7 @@ class SpaceSettings:
 
 
 # %% ../../nbs/diffusion/gathering.ipynb #a8350bff
-def check_settings(space):
+def check_settings(space: "GrowingSpace") -> None:
     "Refuse settings of a space that mean nothing."
     if space.kind not in KINDS:
         nearest = closest(space.kind, KINDS, 0)
@@ -107,7 +107,7 @@ def check_settings(space):
 
 
 # %% ../../nbs/diffusion/gathering.ipynb #7160cee0
-def joint_rows(space, parts):
+def joint_rows(space: "GrowingSpace", parts: Sequence) -> torch.Tensor:
     "The parts (c, s, o) as rows float64 [B, D] on the CPU; errors name the part."
     given = dict(zip(PARTS, parts))
     if wrong := [p for p, x in given.items() if (x is None) == (p in space.parts)]:
@@ -136,7 +136,9 @@ def joint_rows(space, parts):
 
 
 # %% ../../nbs/diffusion/gathering.ipynb #e1ae5ed8
-def check_labels(space, labels, count):
+def check_labels(
+    space: "GrowingSpace", labels: torch.Tensor | Sequence[int], count: int
+) -> torch.Tensor:
     "Class indices [count] on the CPU."
     labels = torch.as_tensor(labels).detach().to("cpu")
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != count:
@@ -153,7 +155,7 @@ def check_labels(space, labels, count):
 
 
 # %% ../../nbs/diffusion/gathering.ipynb #a123d6cf
-def row_keys(rows):
+def row_keys(rows: torch.Tensor) -> np.ndarray:
     "A hash of each row's bytes, uint64 [n]."
     digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows.numpy()]
     return np.array([int.from_bytes(d, "big") for d in digests], np.uint64)
@@ -165,10 +167,10 @@ class GrowingSpace(SpaceSettings):
 
     def update(
         self,
-        c,  # [B, d]; None for a part that this space does not hold
-        s,
-        o,
-        labels,  # [B] class indices
+        c: torch.Tensor | None,  # [B, d]; None for a part that this space does not hold
+        s: torch.Tensor | None,
+        o: torch.Tensor | None,
+        labels: torch.Tensor | Sequence[int],  # [B] class indices
     ) -> "GrowingSpace":
         "Add a batch."
         self._open("be updated")

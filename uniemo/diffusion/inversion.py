@@ -6,7 +6,10 @@
 __all__ = ["InversionStage"]
 
 # %% ../../nbs/diffusion/inversion.ipynb #05f90f5e
+from typing import Any
+
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..conditioning import encode_prompts
@@ -25,8 +28,8 @@ class InversionStage(DenoisingPart, Stage):
     def __init__(
         self,
         num_emotions: int,
-        diffusion,  # a pipeline with unet, text_encoder, tokenizer, scheduler
-        config,  # a `JointConfig`
+        diffusion: DiffusionPipeline,  # a pipeline with unet, text_encoder, tokenizer, scheduler
+        config: Any,  # a `JointConfig`
         start: str = "photo",  # its token embedding is where the words begin
         num_vectors: int = 1,  # tokens a word; above 1 the words are [E, num_vectors, d_token]
     ):
@@ -38,7 +41,7 @@ class InversionStage(DenoisingPart, Stage):
         shape = (num_emotions, 1) if num_vectors == 1 else (num_emotions, num_vectors, 1)
         self.words = nn.Parameter(first.repeat(*shape))
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         return {"words": ({"words": self.words}, self.config.lr_mappers, 0.0)}
 
     def embeds(self, labels: torch.Tensor) -> torch.Tensor:
@@ -46,15 +49,15 @@ class InversionStage(DenoisingPart, Stage):
         words = self.words[labels]
         return encode_prompts(self.text_encoder, self.tokenizer, self.config.prompt, words)
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         latents = self.latents(batch)
         timesteps = self.draw_timesteps(latents)
         embeds = self.embeds(batch["label"])
         loss = diffusion_loss(*self.denoise(latents, embeds, torch.randn_like(latents), timesteps))
         return dict(loss=loss, loss_diff=loss.detach())
 
-    def predict(self, batch: dict):
+    def predict(self, batch: dict) -> dict:
         return dict(loss_diff=self.fixed_errors(self.latents(batch), self.embeds(batch["label"])))
 
-    def evaluate(self, predictions: dict):
+    def evaluate(self, predictions: dict) -> dict:
         return dict(loss_diff=predictions["loss_diff"].mean().item())

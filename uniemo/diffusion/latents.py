@@ -49,7 +49,8 @@ from ..towers import FAMILIES, family_named
 
 # %% ../../nbs/diffusion/latents.ipynb #86809c44
 def open_diffusion(
-    name,  # "mini", a folder, a hub id, or a pipeline that is loaded already
+    # "mini", a folder, a hub id, or a pipeline that is loaded already
+    name: str | Path | DiffusionPipeline,
 ) -> DiffusionPipeline:
     "A pipeline in float32; of Stable Diffusion, without the parts that training does not need."
     if not isinstance(name, str | Path):
@@ -115,7 +116,8 @@ def read_configs(diffusion: str | Path) -> tuple[dict, dict]:
 
 # %% ../../nbs/diffusion/latents.ipynb #f6b808f2
 def image_side(
-    diffusion,  # "mini", a folder, a hub id (only its configuration is read), or a pipeline
+    # "mini", a folder, a hub id (only its configuration is read), or a pipeline
+    diffusion: str | Path | DiffusionPipeline,
 ) -> int:
     "Side in pixels of what a diffusion model paints."
     if isinstance(diffusion, str | Path):
@@ -131,7 +133,8 @@ def image_side(
 
 # %% ../../nbs/diffusion/latents.ipynb #10297ace
 def check_diffusion(
-    diffusion,  # as for `open_diffusion`; of a name only its configuration is read
+    # as for `open_diffusion`; of a name only its configuration is read
+    diffusion: str | Path | DiffusionPipeline,
     lora: bool = False,  # whether a LoRA shall be trained as well, and kept
 ) -> str:
     "The family of a diffusion model; one that cannot be trained against is refused by name."
@@ -203,7 +206,7 @@ def cache_latents(
     return torch.cat([both_latents(vae, vae_pixels(part, size)) for part in parts])
 
 
-def check_side(diffusion, size: int):
+def check_side(diffusion: str | Path | DiffusionPipeline, size: int) -> None:
     "Warn where the autoencoder reads another size than the diffusion model paints."
     if size != (own := image_side(diffusion)):
         warnings.warn(
@@ -227,7 +230,7 @@ PIECE = 1024
 
 
 # %% ../../nbs/diffusion/latents.ipynb #1362fa89
-def latents_key(vae: AutoencoderKL, data, size: int) -> str:
+def latents_key(vae: AutoencoderKL, data: Dataset, size: int) -> str:
     "A name for the latents of a data set: changes with its images, the crop, the autoencoder."
     found = hashlib.sha256()
     found.update("\n".join(map(str, data.columns["path"])).encode())
@@ -241,7 +244,7 @@ def latents_key(vae: AutoencoderKL, data, size: int) -> str:
 
 def write_latents(
     vae: AutoencoderKL,
-    data,  # a data set whose items have `vae_pixel_values`
+    data: Dataset,  # a data set whose items have `vae_pixel_values`
     folder: str | Path,
     *,
     batch_size: int = 32,
@@ -275,7 +278,7 @@ class LatentData(Dataset):
 
     def __init__(
         self,
-        data,  # a data set whose items have `pixel_values`
+        data: Dataset,  # a data set whose items have `pixel_values`
         paths: list,  # of its latents, as `write_latents` gives them
         flip: float = 0.5,  # probability of the mirror image
     ):
@@ -285,7 +288,7 @@ class LatentData(Dataset):
     def __len__(self):
         return len(self.data)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         self.data.set_epoch(epoch)
 
     def __getitem__(self, i):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 
 from ..conditioning import encode_prompts
 from ..data.shares import draw_rows
@@ -46,9 +46,10 @@ class DenoisingPart:
 
     def take_diffusion(
         self,
-        diffusion,  # a pipeline with unet, text_encoder, tokenizer, scheduler, vae
+        # a pipeline with unet, text_encoder, tokenizer, scheduler, vae
+        diffusion: DiffusionPipeline,
         cached: bool = False,  # batches bring latents: the autoencoder is not needed
-    ):
+    ) -> None:
         "Keep the pipeline's parts, frozen."
         self.tokenizer = diffusion.tokenizer
         # samplers add the same noise, but not all of them can tell the velocity
@@ -65,7 +66,7 @@ class DenoisingPart:
         "(text encoder, tokenizer) of each text tower that reads words."
         return [(self.text_encoder, self.tokenizer)]
 
-    def read_prompts(self, prompts: list[str], words: torch.Tensor | None = None):
+    def read_prompts(self, prompts: list[str], words: torch.Tensor | None = None) -> torch.Tensor:
         "What the U-Net reads of prompts, with words in their places or without any."
         return encode_prompts(self.text_encoder, self.tokenizer, prompts, words)
 
@@ -73,18 +74,18 @@ class DenoisingPart:
         "What the emotion head reads: the words."
         return words
 
-    def checkpoint_text(self):
+    def checkpoint_text(self) -> None:
         "Stable Diffusion's text encoder is small: it keeps its inner states."
 
     def diffusion_blocks(self) -> list:
         "The repeated parts of U-Net and text encoder, each of which may be compiled."
         return [*regions(self.unet), *self.text_encoder.encoder.layers]
 
-    def before_compiling(self):
+    def before_compiling(self) -> None:
         "Compiled convolutions are faster with the channels last; others are slower."
         self.unet.to(memory_format=torch.channels_last)
 
-    def hold_frozen(self, dtype: torch.dtype):
+    def hold_frozen(self, dtype: torch.dtype) -> None:
         "Copies of U-Net and autoencoder in this type; the pipeline's own stay as they are."
         # the text encoder stays in float32: words differ by little, and it costs little
         with quiet():
@@ -105,7 +106,13 @@ class DenoisingPart:
         with own_type(self.vae):
             return scaled_latents(self.vae, batch["vae_pixel_values"])
 
-    def denoise(self, latents, embeds, noise, timesteps) -> tuple:
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        embeds: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> tuple:
         "The U-Net's prediction [B, C, h, w] for noised latents, and what it should be."
         noised = self.scheduler.add_noise(latents, noise, timesteps)
         dtype = self.unet.dtype

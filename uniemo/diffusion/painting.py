@@ -67,7 +67,7 @@ class EmotionGuidance:
         "Whether a callback has turned guidance off."
         return self.guided and not self.pipe.do_classifier_free_guidance
 
-    def before(self, unet, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         "Before the U-Net: the neutral prompt joins."
         if self.ended:
             return args, kwargs
@@ -83,7 +83,7 @@ class EmotionGuidance:
         "What is the same for all predictions of an image."
         return torch.cat([rows.chunk(self.asked)[0]] * copies)
 
-    def after(self, unet, args: tuple, output: tuple) -> tuple:
+    def after(self, unet: nn.Module, args: tuple, output: tuple) -> tuple:
         "After the U-Net: one guided prediction, in all places."
         if self.ended:
             return output
@@ -124,7 +124,14 @@ class LatentEditor(StableDiffusionImg2ImgPipeline):
     "diffusers' image to image from latents, with the noise of `image_noise`."
 
     def prepare_latents(
-        self, image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None
+        self,
+        image: torch.Tensor,
+        timestep: torch.Tensor,
+        batch_size: int,
+        num_images_per_prompt: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Sequence[torch.Generator] | None = None,
     ) -> torch.Tensor:
         "Noised latents [B, 4, h, w] of clean ones."
         noise = image_noise(generator, image.shape[1:]).to(device, dtype)
@@ -136,7 +143,16 @@ class RegionEditor(StableDiffusionInpaintPipeline):
     "diffusers' inpainting from latents, with the noise of `image_noise`."
 
     def prepare_latents(
-        self, batch_size, channels, height, width, dtype, device, generator, latents=None, **how
+        self,
+        batch_size: int,
+        channels: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Sequence[torch.Generator],
+        latents: torch.Tensor | None = None,
+        **how,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Noised latents [B, 4, h, w], their noise, the clean ones."
         clean = how["image"].to(device, dtype)
@@ -173,7 +189,7 @@ def step_callback(
 
 
 # %% ../../nbs/diffusion/painting.ipynb #e12e121c
-def check_unet(unet: torch.nn.Module, vae: torch.nn.Module):
+def check_unet(unet: torch.nn.Module, vae: torch.nn.Module) -> None:
     "A `ValueError` unless a U-Net is shaped like Stable Diffusion's 1.x and 2.x."
     if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DConditionModel):
         refuse(f"a {type(unet).__name__}")
@@ -188,7 +204,7 @@ def check_unet(unet: torch.nn.Module, vae: torch.nn.Module):
         )
 
 
-def refuse(what: str):
+def refuse(what: str) -> None:
     "The `ValueError` for a diffusion model of another family."
     raise ValueError(
         "UniEmoPipeline paints with Stable Diffusion 1.x and 2.x, "
@@ -215,7 +231,7 @@ def compile_painter(
     pipe: DiffusionPipeline,
     # to `torch.compile`, such as `mode` or `backend`
     **settings,
-):
+) -> None:
     "Compile denoiser and decoder in their places; the first images take a minute or more."
     model = getattr(pipe, "unet", None) or pipe.transformer
     for network in (model, pipe.vae):

@@ -17,11 +17,12 @@ __all__ = [
 # %% ../../nbs/diffusion/refinement.ipynb #9226d18c
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from .editing import Edits
@@ -96,7 +97,7 @@ def keep_best(
 # %% ../../nbs/diffusion/refinement.ipynb #323940e1
 def clean_prediction(
     # holds the noise schedule and what the denoiser predicts
-    scheduler,
+    scheduler: SchedulerMixin,
     # x_t [B, C, h, w]
     noised: torch.Tensor,
     # the denoiser's, likewise
@@ -121,7 +122,7 @@ def encoder_pixels(
     # of the decoder, [B, 3, H, W] in [-1, 1]
     pixels: torch.Tensor,
     # of an `ExpertQueryModel`
-    config,
+    config: Any,
 ) -> torch.Tensor:
     "What the encoder reads of them, [B, 3, side, side]: the central square."
     side = min(pixels.shape[2:])
@@ -278,7 +279,7 @@ class WordRefiner:
 
 
 # %% ../../nbs/diffusion/refinement.ipynb #618cc417
-def check_refinable(pipe: DiffusionPipeline):
+def check_refinable(pipe: DiffusionPipeline) -> None:
     "A `ValueError` where no gradient comes from the classifier back to the word."
     if hasattr(pipe.unet, "_hf_hook"):
         raise ValueError(

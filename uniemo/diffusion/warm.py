@@ -17,15 +17,18 @@ __all__ = [
 ]
 
 # %% ../../nbs/diffusion/warm.ipynb #b74f2541
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..conditioning import caption, max_tokens
 from ..data.names import normalize_name
 from ..data.shares import join_parts, shared_work
+from ..fusion import PseudoWordMapper
 from ..train.batches import MadeData
 from ..train.config import TrainConfig
 from ..train.trainer import Stage, Trainer, build_accelerator
@@ -33,8 +36,8 @@ from ..train.trainer import Stage, Trainer, build_accelerator
 
 # %% ../../nbs/diffusion/warm.ipynb #6ce44c28
 def name_embeddings(
-    text_encoder,
-    tokenizer,
+    text_encoder: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     names: list,
 ) -> torch.Tensor:  # [n, d_token] on the text encoder's device
     "Token embeddings of names, the mean over the tokens of each."
@@ -46,7 +49,9 @@ def name_embeddings(
     return torch.stack(rows)
 
 
-def fitting_caption(text_encoder, tokenizer, scene, objects: list) -> str:
+def fitting_caption(
+    text_encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, scene: str | None, objects: list
+) -> str:
     "What an image shows, as far as the text encoder can read it: the last objects go unsaid."
     length = max_tokens(text_encoder, tokenizer)
     for count in range(len(objects), -1 if scene else 0, -1):
@@ -78,7 +83,12 @@ class AnnotatedFeatures:
 
 # %% ../../nbs/diffusion/warm.ipynb #fdf7f545
 @torch.no_grad()
-def read_features(stage, batches, names: dict, device) -> AnnotatedFeatures:
+def read_features(
+    stage: nn.Module,  # a `JointStage`
+    batches: Iterable[dict],
+    names: dict,
+    device: torch.device | str,
+) -> AnnotatedFeatures:
     "Features of all annotated images in `batches`, on `device`."
     encoder, rows = stage.model.eval(), []
     for batch in batches:
@@ -104,7 +114,10 @@ def read_features(stage, batches, names: dict, device) -> AnnotatedFeatures:
 
 # %% ../../nbs/diffusion/warm.ipynb #cfb29eba
 def name_targets(
-    text_encoder, tokenizer, found: AnnotatedFeatures, names: dict
+    text_encoder: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    found: AnnotatedFeatures,
+    names: dict,
 ) -> dict:  # kind -> [n, d_token]
     "Mean embedding of each image's own names of a kind; 0 where it has none."
     targets = {}
@@ -125,7 +138,11 @@ def row_name(kind: str, number: int) -> str:
 
 
 # %% ../../nbs/diffusion/warm.ipynb #e147a48a
-def captions_of(stage, found: AnnotatedFeatures, names: dict) -> list[str]:
+def captions_of(
+    stage: nn.Module,  # a `JointStage`
+    found: AnnotatedFeatures,
+    names: dict,
+) -> list[str]:
     "A caption for each image, of its own names."
     # the tower that reads least
     readers = stage.word_readers()
@@ -142,17 +159,19 @@ def captions_of(stage, found: AnnotatedFeatures, names: dict) -> list[str]:
 class NamesStage(Stage):
     "Fits a mapper to token embeddings of names, part by part where its words are separate."
 
-    def __init__(self, mapper, rate: float, separate: bool = False, weights: tuple = (1.0,)):
+    def __init__(
+        self, mapper: PseudoWordMapper, rate: float, separate: bool = False, weights: tuple = (1.0,)
+    ):
         super().__init__()
         self.mapper, self.rate, self.separate = mapper, rate, separate
         # of the text towers that read words
         self.weights = weights
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         named = {n: p for n, p in self.mapper.named_parameters() if p.requires_grad}
         return dict(mapper=(named, self.rate, 0.0))
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         towers = filter(None, self.mapper.all_parts(*(batch[k] for k in INPUTS)))
         distances = []
         for number, parts in enumerate(towers):
@@ -170,7 +189,7 @@ class NamesStage(Stage):
         errors = [(parts[k] - v).square().sum(1) * v.any(1) for k, v in targets.items()]
         return sum(error.mean() for error in errors)
 
-    def note(self, loss):
+    def note(self, loss: torch.Tensor) -> dict:
         "Remember the loss of the last step."
         self.last = loss.detach()
         return dict(loss=loss)
@@ -180,7 +199,7 @@ INPUTS = ("c", "s", "o", "alpha_scene", "alpha_object")
 
 
 # %% ../../nbs/diffusion/warm.ipynb #c5b3996c
-def readings(condition) -> list[torch.Tensor]:
+def readings(condition: torch.Tensor | dict) -> list[torch.Tensor]:
     "Of what a denoiser reads, tensors [B, ..., d]; where lengths differ, the mean over tokens."
     if torch.is_tensor(condition):
         return [condition]
@@ -199,7 +218,7 @@ def readings(condition) -> list[torch.Tensor]:
 
 
 # %% ../../nbs/diffusion/warm.ipynb #bc6a96d2
-def reading_distance(condition, wanted) -> torch.Tensor:
+def reading_distance(condition: torch.Tensor | dict, wanted: torch.Tensor | dict) -> torch.Tensor:
     "Mean squared distance of two conditions; of several tensors, each by its own size."
     pairs = list(zip(readings(condition), readings(wanted), strict=True))
     errors = [(found - right).square().sum(-1).mean() for found, right in pairs]
@@ -213,13 +232,19 @@ def reading_distance(condition, wanted) -> torch.Tensor:
 class CaptionsStage(NamesStage):
     "Fits a mapper so that the prompt with its word reads like the image's caption."
 
-    def __init__(self, mapper, rate: float, stage, captions: list):
+    def __init__(
+        self,
+        mapper: PseudoWordMapper,
+        rate: float,
+        stage: nn.Module,  # a `JointStage`
+        captions: list,
+    ):
         super().__init__(mapper, rate)
         # not the stage itself, whose networks are none of this one's
         self.read, self.words_of = stage.read_prompts, stage.words_of
         self.prompt, self.captions = stage.config.prompt, captions
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         texts = [self.captions[k] for k in batch["row"].tolist()]
         with torch.no_grad():
             wanted = self.read(texts)
@@ -230,7 +255,9 @@ class CaptionsStage(NamesStage):
 
 # %% ../../nbs/diffusion/warm.ipynb #5fb3417d
 @torch.no_grad()
-def standardise(mapper, found: AnnotatedFeatures, spreads: list[torch.Tensor]):
+def standardise(
+    mapper: PseudoWordMapper, found: AnnotatedFeatures, spreads: list[torch.Tensor]
+) -> None:
     "Let first layers read standardised features, and each tower's outputs spread like its targets."
     spread, *more = spreads
     for heads, own in zip(filter(None, mapper.more_heads or ()), more, strict=True):
@@ -284,7 +311,7 @@ def even_weights(
 
 # %% ../../nbs/diffusion/warm.ipynb #4fb33390
 @contextmanager
-def resting(*networks):
+def resting(*networks) -> Iterator[None]:
     "Within this context these networks (or None) are not trained."
     own = [p for network in networks if network is not None for p in network.parameters()]
     trained = [p for p in own if p.requires_grad]
@@ -300,7 +327,8 @@ def resting(*networks):
 # %% ../../nbs/diffusion/warm.ipynb #83719153
 def warm_start(
     stage: nn.Module,  # a `JointStage`: its mapper is fitted
-    batches,  # dicts with pixel_values, label and scene [B] or objects [B, O], not augmented
+    # dicts with pixel_values, label and scene [B] or objects [B, O], not augmented
+    batches: Iterable[dict],
     names: dict,  # kind -> names, or None
     steps: int = 600,  # towards the names; half as many towards the captions
     lr: float = 2e-3,  # falls to zero; half of it for the captions

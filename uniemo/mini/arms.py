@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import CLIPModel, CLIPTokenizer
 
 from ..backbones import Backbone, TextTower
 from ..data.splits import EmotionSplits
@@ -33,6 +34,7 @@ from .clip import ClipStage, build_clip, clip_config, to_pixels
 from .painting import paint, render
 from .probes import expert_movement, twin_images
 from .truth import OBJECTS, SCENES, draw_spec
+from ..queries import ExpertQueryModel
 from ..train.results import StageResult
 from ..train.trainer import Trainer
 from uniemo.understanding import (
@@ -65,10 +67,10 @@ def balanced_world(
 
 # %% ../../nbs/mini/arms.ipynb #6a6c8397
 def weaker_clip(
-    tokenizer,
+    tokenizer: CLIPTokenizer,
     steps: int,  # of pre-training; 1,800 for the shipped one
     folder: str | Path,  # of checkpoints
-):
+) -> CLIPModel:
     "A mini CLIP whose pre-training stopped early."
     count = 128 * min(steps, 160)
     neutral = [draw_spec(800, i, neutral=True) for i in range(count)]
@@ -124,7 +126,7 @@ class Training:
             log_every=self.steps,
         )
 
-    def encoder(self, clip):
+    def encoder(self, clip: CLIPModel) -> ExpertQueryModel:
         "A new encoder on a copy of the CLIP's vision tower."
         vision = copy.deepcopy(clip.vision_model)
         backbone = Backbone(vision, [0.5] * 3, [0.5] * 3)

@@ -178,25 +178,25 @@ class AutoencoderStage(Stage):
         self.vae, self.clip = vae, clip
         self.learning_rate, self.mirror = learning_rate, mirror
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         "What is not frozen, without weight decay."
         named = {n: p for n, p in self.vae.named_parameters() if p.requires_grad}
         return dict(vae=(named, self.learning_rate, 0.0))
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         "`vae_loss` of the batch, or of its mirror image."
         pixels = to_pixels(batch["images"])
         if self.mirror and torch.rand(()) < 0.5:
             pixels = pixels.flip(3)
         return vae_loss(self.vae, pixels, self.clip)
 
-    def predict(self, batch: dict):
+    def predict(self, batch: dict) -> dict:
         "The error of each image."
         pixels = to_pixels(batch["images"])
         error = (reconstruct(self.vae, pixels) - pixels).abs().mean((1, 2, 3)) / 2
         return dict(error=error)
 
-    def evaluate(self, predictions: dict):
+    def evaluate(self, predictions: dict) -> dict:
         "Mean absolute error of a range of 1."
         return dict(mae=float(predictions["error"].mean()))
 

@@ -265,21 +265,21 @@ class ClipStage(Stage):
         self.clip, self.tokenizer = clip, tokenizer
         self.learning_rate = learning_rate
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         "All of the model in one group."
         return dict(clip=(dict(self.clip.named_parameters()), self.learning_rate, 0.05))
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         "`clip_loss`, augmented."
         return clip_loss(self.clip, self.tokenizer, batch, step_rng())
 
-    def predict(self, batch: dict):
+    def predict(self, batch: dict) -> dict:
         "The names that are found, beside the truth."
         scene, found = retrieve_names(self.clip, self.tokenizer, batch["images"])
         truth = dict(scene=batch["scene"], objects=batch["objects"])
         return dict(found_scene=torch.from_numpy(scene), found=torch.from_numpy(found), **truth)
 
-    def evaluate(self, predictions: dict):
+    def evaluate(self, predictions: dict) -> dict:
         "Shares of names that are found."
         found = predictions["found_scene"].numpy(), predictions["found"].numpy()
         return naming_scores(found, predictions)
@@ -328,7 +328,7 @@ def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
 
 
 # %% ../../nbs/mini/clip.ipynb #19d3082a
-def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: str | Path):
+def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: str | Path) -> None:
     "Save model (float16 safetensors), tokenizer and image processor (mean and std 0.5)."
     # here, since the import alone would ask for torchvision
     from transformers import CLIPImageProcessor

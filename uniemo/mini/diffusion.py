@@ -38,6 +38,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -98,7 +99,7 @@ def diffusion_pipeline(
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
-    scheduler=None,  # None: UniPC
+    scheduler: SchedulerMixin | None = None,  # None: UniPC
 ) -> StableDiffusionPipeline:
     "The parts as a pipeline of diffusers."
     if scheduler is None:
@@ -146,7 +147,7 @@ def _second_diffusion():
 # %% ../../nbs/mini/diffusion.ipynb #8afbc020
 def sampler_of(
     pipe: DiffusionPipeline,
-    solver=None,  # of Stable Diffusion's parts; None: DPM-Solver++
+    solver: SchedulerMixin | None = None,  # of Stable Diffusion's parts; None: DPM-Solver++
 ) -> Callable:
     "The parts of a pipeline with the sampler of the scores; a flow keeps its own."
     more = {}
@@ -169,7 +170,7 @@ def sample(
     guidance_scale: float = 4.0,
     seed: int = 0,  # of the first image; image i has seed + i
     batch_size: int = 50,
-    solver=None,  # see `sampler_of`
+    solver: SchedulerMixin | None = None,  # see `sampler_of`
     **more,  # for the pipeline's call
 ) -> torch.Tensor:
     "Pixel values [n, 3, 64, 64] in [-1, 1], one image a prompt."
@@ -315,19 +316,19 @@ class DiffusionStage(Stage):
         self.scheduler = DDIMScheduler(**SCHEDULE)
         self.learning_rate, self.guidance_scale = learning_rate, guidance_scale
 
-    def build_readout(self, denoiser, num_names):
+    def build_readout(self, denoiser: nn.Module, num_names: int) -> nn.Module:
         "What reads the names of patches from the middle of the denoiser."
         return PatchReadout(denoiser, num_names)
 
-    def build_text_encoder(self, clip):
+    def build_text_encoder(self, clip: CLIPModel) -> nn.Module:
         "What reads captions."
         return text_encoder_of(clip)
 
-    def repeated_blocks(self):
+    def repeated_blocks(self) -> list[nn.Module]:
         "The denoiser as one piece: it is small, and a GPU waits for each of its kernels."
         return [self.denoiser]
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         "The denoiser and its read-out."
         modules = dict(denoiser=self.denoiser, readout=self.readout)
         return {
@@ -348,7 +349,7 @@ class DiffusionStage(Stage):
         states = self.text_encoder(input_ids).last_hidden_state
         return weighted_velocity_loss(self.denoiser, self.scheduler, latents, states)
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         "The denoiser's error, and the names of patches."
         input_ids = batch["input_ids"]
         empty = torch.rand(len(input_ids), 1, device=input_ids.device) < 0.1
@@ -357,7 +358,7 @@ class DiffusionStage(Stage):
         readout = F.cross_entropy(self.readout(), batch["patches"].view(-1, 8, 8).long())
         return dict(loss=diffusion + 0.1 * readout, diffusion=diffusion, readout=readout)
 
-    def predict(self, batch):
+    def predict(self, batch: dict) -> dict:
         "The names that CLIP finds in samples, beside those that were asked for."
         objects = F.one_hot(batch["object"], self.num_objects).bool()
         prompts = captions_of(batch["scene"].cpu(), objects.cpu())
@@ -367,7 +368,7 @@ class DiffusionStage(Stage):
         asked = dict(scene=batch["scene"], objects=objects)
         return dict(found_scene=torch.from_numpy(scene), found=torch.from_numpy(found), **asked)
 
-    def evaluate(self, predictions):
+    def evaluate(self, predictions: dict) -> dict:
         "Shares of samples in which the names of the prompt are found."
         found = predictions["found_scene"].numpy(), predictions["found"].numpy()
         shares = naming_scores(found, predictions)
@@ -398,7 +399,7 @@ def draw_weights(
 def save_diffusion(
     pipe: DiffusionPipeline,
     folder: str | Path,
-):
+) -> None:
     "Save a pipeline in half precision (float16 safetensors)."
     halves = copy.copy(pipe)
     with quiet():

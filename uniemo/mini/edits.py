@@ -21,6 +21,7 @@ __all__ = [
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ from ..conditioning import caption
 from ..diffusion.editing import Edits, keep
 from ..emotions import MIKELS
 from ..measure.content import kept_content
+from ..measure.generation import Networks
 from ..measure.intervals import Interval, bootstrap
 from .judge import Judge, mini_networks
 from .painting import render
@@ -174,7 +176,7 @@ def measure_edits(
     images: Sequence,
     tasks: Sequence[EditTask],
     # default: those of the mini world
-    networks=None,
+    networks: Networks | None = None,
     # the same in all rows
     **about,
 ) -> pd.DataFrame:
@@ -229,7 +231,7 @@ def plot_edits(
     curve: pd.DataFrame,
     # on the horizontal axis
     content: str = "kept",
-):
+) -> Any:  # a `Figure` of matplotlib, which is imported here
     "Emotion reached against content kept, a line an arm, a point a strength: a figure."
     import matplotlib.pyplot as plt
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import nn
 
 from ..files.weights import quiet
 from .flow import FlowStage, flow_condition
@@ -77,12 +78,12 @@ class FewStepStage(FlowStage):
         super().__init__(transformer, *parts)
         self.teacher, self.readout = teacher, None
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         "The LoRA."
         named = {n: p for n, p in self.denoiser.named_parameters() if p.requires_grad}
         return dict(lora=(named, self.learning_rate, 0.0))
 
-    def repeated_blocks(self):
+    def repeated_blocks(self) -> list[nn.Module]:
         return [self.denoiser, self.teacher]
 
     def lines(self, batch: dict) -> tuple:
@@ -100,7 +101,7 @@ class FewStepStage(FlowStage):
         arrived = guided_walk(self.teacher, started, *times, condition, self.guidance_scale)
         return started, arrived, times, condition
 
-    def loss(self, batch, counts=None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         "The error of the straight line in a window of each image."
         with torch.no_grad():
             started, arrived, (begin, end), condition = self.lines(batch)
@@ -114,7 +115,7 @@ class FewStepStage(FlowStage):
         answer = self.denoiser(place, timestep=1000 * t, **told).sample
         return dict(loss=F.mse_loss(answer.float(), line))
 
-    def sampling(self):
+    def sampling(self) -> dict:
         return dict(guidance_scale=1.0, sigmas=FEW_SIGMAS)
 
 
@@ -122,7 +123,7 @@ class FewStepStage(FlowStage):
 def save_few_steps(
     transformer: SD3Transformer2DModel,  # with the LoRA
     folder: str | Path,
-):
+) -> None:
     "Write the LoRA as `pipe.load_lora_weights(folder)` reads it (float16 safetensors)."
     from peft import get_peft_model_state_dict
 

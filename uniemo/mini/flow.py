@@ -149,16 +149,16 @@ class TokenReadout(nn.Module):
 class FlowStage(DiffusionStage):
     "Pre-training of a mini transformer; batches as for a `DiffusionStage`."
 
-    def build_readout(self, denoiser, num_names):
+    def build_readout(self, denoiser: nn.Module, num_names: int) -> nn.Module:
         return TokenReadout(denoiser, num_names)
 
-    def build_text_encoder(self, clip):
+    def build_text_encoder(self, clip: CLIPModel) -> nn.Module:
         return projected_tower(clip)
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         return flow_pipeline(self.denoiser, self.vae, self.text_encoder, self.tokenizer)
 
-    def denoising_loss(self, latents, input_ids):
+    def denoising_loss(self, latents: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         # one step in four with what diffusers gives unless told
         zeros = T5_LENGTH if torch.rand(()) < 0.25 else 0
         with torch.no_grad():

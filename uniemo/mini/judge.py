@@ -15,6 +15,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/mini/judge.ipynb #b8d15c96
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,11 +69,15 @@ class Judge(PreTrainedModel):
         h = self.pooled(x)
         return {name: head(h) for name, head in self.heads.items()}
 
-    def features(self, images, batch_size: int = 200) -> torch.Tensor:
+    def features(
+        self, images: torch.Tensor | np.ndarray | Sequence, batch_size: int = 200
+    ) -> torch.Tensor:
         "What the heads read [N, d], on the CPU."
         return apply_network(Method(self, self.pooled), as_images(images), batch_size=batch_size)
 
-    def forward(self, images, batch_size: int = 200) -> Judgement:
+    def forward(
+        self, images: torch.Tensor | np.ndarray | Sequence, batch_size: int = 200
+    ) -> Judgement:
         "Probabilities on the CPU."
         heads = Method(self, lambda x: tuple(self.logits(x).values()))
         emotion, scene, present = apply_network(heads, as_images(images), batch_size=batch_size)

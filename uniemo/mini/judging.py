@@ -118,12 +118,12 @@ class JudgeStage(Stage):
         self.judge = judge
         self.learning_rate = learning_rate
 
-    def parameter_groups(self):
+    def parameter_groups(self) -> dict:
         "All of the network in one group."
         named = dict(self.judge.named_parameters())
         return dict(judge=(named, self.learning_rate, 0.02))
 
-    def loss(self, batch: dict, counts: torch.Tensor | None = None):
+    def loss(self, batch: dict, counts: torch.Tensor | None = None) -> dict:
         "The sum of the three losses, on augmented images."
         images = augment(as_images(batch["images"]), step_rng())
         logits = self.judge.logits(images.contiguous(memory_format=torch.channels_last))
@@ -135,12 +135,12 @@ class JudgeStage(Stage):
         )
         return dict(loss=sum(parts.values()), **parts)
 
-    def predict(self, batch: dict):
+    def predict(self, batch: dict) -> dict:
         "Probabilities, beside the truth."
         judgement = {f"judged_{k}": v for k, v in self.judge(batch["images"])._asdict().items()}
         return judgement | {k: batch[k] for k in ("emotion", "scene", "objects")}
 
-    def evaluate(self, predictions: dict):
+    def evaluate(self, predictions: dict) -> dict:
         "Accuracies, called `..._right`."
         judged = (predictions[f"judged_{name}"] for name in Judgement._fields)
         return {f"{k}_right": v for k, v in judge_scores(Judgement(*judged), predictions).items()}

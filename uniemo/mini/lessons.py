@@ -50,7 +50,8 @@ from .pretraining import strongest_clip
 from .sceptics import read_names
 from .splits import paint_split
 from .stages import name_shares, read_kept
-from .worlds import world_of
+from .worlds import World, world_of
+from ..pipeline import UniEmoPipeline
 from ..space import fit_space
 from ..train.results import StageResult
 from ..understanding import ExtraImages, encoder_view, plain_batches, train_understanding
@@ -111,7 +112,7 @@ class Loop:
         return EmotionSplits(sets, own.names, own.emotions, own.specs)
 
     @cached_property
-    def pipeline(self):
+    def pipeline(self) -> UniEmoPipeline:
         "Stage 2: words of the training images, and the emotion space they are drawn from."
         lesson, contest = self.lesson, self.contest
         steps = dict(steps=lesson.joint_steps, eval_every=lesson.joint_steps)
@@ -253,7 +254,7 @@ def of_written_prompts(loop: Loop) -> dict[str, torch.Tensor]:
 def label_errors(
     images: torch.Tensor,  # pixel values [n, 3, 64, 64]
     labels: np.ndarray,  # [n]
-    world,  # `World` or its version
+    world: World | str,  # `World` or its version
 ) -> np.ndarray:
     "1 - P(label | names that the strong CLIP reads), [n]."
     world = world_of(world)

@@ -47,7 +47,7 @@ def _sprite(char, face):
 def make_sprites(
     font: str | Path,  # the file of Noto Color Emoji
     path: str | Path,  # the picture to write
-):
+) -> None:
     "Draw the objects' emoji into one row of tiles: how the shipped `sprites.png` was made."
     face = ImageFont.truetype(str(font), 109)
     atlas = Image.new("RGBA", (TILE * len(EMOJI), TILE))

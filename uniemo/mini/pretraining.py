@@ -19,6 +19,7 @@ __all__ = [
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +38,7 @@ from uniemo.mini.clip import (
 )
 from .diffusion import balanced_prompts, sample, to_images
 from .worlds import FIRST_WORLD, World
-from ..train.callbacks import Callback
+from ..train.callbacks import Callback, RunLog
 
 
 # %% ../../nbs/mini/pretraining.ipynb #22026cee
@@ -46,16 +47,16 @@ class PartOfRun:
 
     def __init__(
         self,
-        run,  # with `log` and `summary`
+        run: RunLog,  # with `log` and `summary`
         name: str,  # of the part
     ):
         self.run, self.name = run, name
 
-    def log(self, **row):
+    def log(self, **row) -> None:
         "A line of the run, with the name of the part."
         self.run.log(part=self.name, **row)
 
-    def summary(self, **values):
+    def summary(self, **values) -> None:
         "Values of the run, each under the name of the part."
         self.run.summary(**{f"{self.name}_{k}": v for k, v in values.items()})
 
@@ -68,14 +69,14 @@ class SampleSheets(Callback):
 
     def __init__(
         self,
-        run,  # with `figure`
+        run: Any,  # with `figure`
         guidance_scale: float = 4.0,
         world: World = FIRST_WORLD,  # whose names are asked for
     ):
         self.run, self.guidance_scale = run, guidance_scale
         self.prompts = balanced_prompts(24, 1, world)[0]
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         "Paint with the averaged weights."
         if not trainer.at(trainer.config.eval_every or trainer.epoch_steps):
             return
@@ -132,7 +133,7 @@ class WeakerClips(Callback):
         # name -> (step, rate) of the one that is kept
         self.kept = {}
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         "Save the model wherever it is nearer than what was kept."
         if not trainer.at(trainer.config.eval_every or trainer.epoch_steps):
             return
@@ -143,10 +144,10 @@ class WeakerClips(Callback):
             save_clip(trainer.stage.clip, trainer.stage.tokenizer, self.folder / name)
             self.kept[name] = (trainer.step, rate)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return dict(kept={name: list(pair) for name, pair in self.kept.items()})
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.kept = {name: tuple(pair) for name, pair in state["kept"].items()}
 
 
@@ -160,7 +161,7 @@ class TimeLimit(Callback):
     def __init__(self, minutes: float):
         self.seconds, self.end = 60 * minutes, None
 
-    def after_step(self, trainer):
+    def after_step(self, trainer: Any) -> None:
         "Counted from the first step's end: what is compiled in it does not count."
         self.end = self.end or time.monotonic() + self.seconds
         if time.monotonic() >= self.end:

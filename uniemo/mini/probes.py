@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from ..measure.intervals import as_array, bootstrap
 from ..measure.theme import HATCHES, PALETTE, new_axes, set_finding, themed
@@ -66,7 +67,7 @@ def _ratio_of_means(a, b):
 @themed
 def plot_movement(
     table: pd.DataFrame,  # from `expert_movement`
-):  # matplotlib's Axes
+) -> Axes:
     "Moves of both features when only the other attribute changes, in units of their own move."
     ax = new_axes(None, 5.4, 2.6)
     y = np.arange(len(table))

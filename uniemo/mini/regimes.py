@@ -113,7 +113,7 @@ def check_sizes(
     sizes: list,  # real training images of the regimes
     seeds: list,
     more_rounds: dict,  # size, as text -> rounds
-):
+) -> None:
     "Refuse a run of nothing, and rounds of a size that is not asked for."
     if not sizes or not seeds:
         raise ValueError("sizes and seeds: give at least one of each")

@@ -129,11 +129,11 @@ class Rehearsed:
         table.loc["all"] = table.sum()
         return table
 
-    def add(self, stage: str, unit: str, tried: float, seconds: float, whole: float, **how):
+    def add(self, stage: str, unit: str, tried: float, seconds: float, whole: float, **how) -> None:
         "A kind of work."
         self.works.append(Work(stage, unit, tried, seconds, whole, **how))
 
-    def written(self, what: str, measured: float, whole: float):
+    def written(self, what: str, measured: float, whole: float) -> None:
         "Bytes on the disk, of the trial and of the whole run."
         self.disk_rows.append(dict(what=what, measured=measured / 1e9, whole=whole / 1e9))
 

@@ -47,7 +47,7 @@ class Canvas:
         "The width of a line in pixels, at least one."
         return max(1, round(fraction * self.size))
 
-    def gradient(self, top: Color, bottom: Color, y0: float = 0.0, y1: float = 1.0):
+    def gradient(self, top: Color, bottom: Color, y0: float = 0.0, y1: float = 1.0) -> None:
         "From `top` at height `y0` to `bottom` at `y1`, 0 being above; then `bottom` goes on."
         start, stop = round(y0 * self.size), round(y1 * self.size)
         t = np.linspace(0, 1, max(stop - start, 1))[:, None]
@@ -59,24 +59,24 @@ class Canvas:
             below = (0, stop, self.size, self.size)
             self.draw.rectangle(below, fill=tuple(int(v) for v in column[-1]))
 
-    def rect(self, x0, y0, x1, y1, color: Color):
+    def rect(self, x0: float, y0: float, x1: float, y1: float, color: Color) -> None:
         "A filled rectangle from one corner to the other."
         self.draw.rectangle(self.points((x0, y0, x1, y1)), fill=self.color(color))
 
-    def ellipse(self, x, y, radius_x, radius_y, color: Color):
+    def ellipse(self, x: float, y: float, radius_x: float, radius_y: float, color: Color) -> None:
         "A filled ellipse around (x, y)."
         box = (x - radius_x, y - radius_y, x + radius_x, y + radius_y)
         self.draw.ellipse(self.points(box), fill=self.color(color))
 
-    def polygon(self, xy: Sequence[float], color: Color):
+    def polygon(self, xy: Sequence[float], color: Color) -> None:
         "A filled polygon."
         self.draw.polygon(self.points(xy), fill=self.color(color))
 
-    def line(self, xy: Sequence[float], color: Color, width: float = 0.02):
+    def line(self, xy: Sequence[float], color: Color, width: float = 0.02) -> None:
         "A line through the points."
         self.draw.line(self.points(xy), fill=self.color(color), width=self.width(width))
 
-    def hills(self, y: float, height: float, color: Color):
+    def hills(self, y: float, height: float, color: Color) -> None:
         "Everything below a wave around height `y`."
         waves, phase = self.uniform(0.7, 1.3) * 1.5, self.uniform(0, 6.3)
         x = np.linspace(0, 1, 33)

@@ -21,7 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from transformers import CLIPModel, CLIPTokenizer
 
+from ..backbones import Backbone
 from ..correlation import CorrelationTable
 from ..data.attributes import KINDS
 from ..data.splits import EmotionSplits
@@ -37,8 +39,8 @@ from ..understanding import UnderstandingConfig, train_understanding
 # %% ../../nbs/mini/sceptics.ipynb #ed05a1bc
 @torch.no_grad()
 def read_names(
-    clip,
-    tokenizer,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
     pixel_values: torch.Tensor,  # [N, 3, 64, 64]
     batch_size: int = 100,
 ) -> dict[str, torch.Tensor]:  # kind -> [N, names]
@@ -66,8 +68,8 @@ RULES = ("additive table", "pair table")
 
 def name_baselines(
     splits: EmotionSplits,  # of the painted world
-    clip,
-    tokenizer,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
     smoothing: float = 1.0,  # images of an average emotion added to each count of a name
     weight: float = 4.0,  # of the product, in images of a pair
     world: World = FIRST_WORLD,  # whose truth Bayes knows
@@ -111,8 +113,8 @@ def accuracies(
 # %% ../../nbs/mini/sceptics.ipynb #7f4f4110
 def fitted_names(
     splits: EmotionSplits,  # of the painted world
-    clip,
-    tokenizer,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
     seen: dict | None = None,  # shares of the test images' names; None: they are read
 ) -> torch.Tensor:  # logits of the test images [N, E]
     "Zero-shot names and the table of pairs, its three weights fitted on the training images."
@@ -133,7 +135,7 @@ def fitted_names(
 def train_frozen_head(
     splits: EmotionSplits,
     config: UnderstandingConfig,  # of the arm that it stands beside
-    backbone="mini",  # or a `Backbone`
+    backbone: str | Backbone = "mini",  # or a `Backbone`
     **settings,  # to `train_understanding`: `folder`, `run`, `progress`
 ) -> StageResult:
     "Stage 1 in which the emotion head alone learns."

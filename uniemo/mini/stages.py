@@ -73,6 +73,7 @@ from ..queries import ExpertQueryModel
 from ..runs.parameters import Parameter, check_parameters
 from ..space import fit_space
 from ..train.batches import MemoryData
+from ..train.callbacks import RunLog
 from ..train.results import run_stage
 
 # %% ../../nbs/mini/stages.ipynb #d5eee489
@@ -87,7 +88,7 @@ from uniemo.understanding import (
 
 
 # %% ../../nbs/mini/stages.ipynb #502337f9
-def settings_of(config) -> dict:
+def settings_of(config: UnderstandingConfig | JointConfig) -> dict:
     "A configuration as a dict that JSON can hold."
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
@@ -159,9 +160,9 @@ def understanding(
     config: dict,  # of an `UnderstandingConfig`
     backbone: str | None = None,  # "mini", a folder or a hub id; None: the configuration's
     extra: dict | None = None,  # stage 3: `images`, a folder of kept ones; `ratio`, `weight`
-    run=None,
+    run: RunLog | None = None,
     progress: bool = False,
-):
+) -> None:
     "Stage 1, or 3 with `extra`: `train_understanding` on images in memory."
     config = UnderstandingConfig(**config)
     backbone = backbone or config.backbone
@@ -206,7 +207,7 @@ def joint(
     space: str | dict = "bank",  # kind of the emotion space, or all its settings
     mapper: dict | None = None,  # settings of `PseudoWordMapper`
     **how,  # `text` (the names' text tower: a model's name), `run`, `progress`
-):
+) -> None:
     "Stage 2: `train_joint` on images in memory, the emotion space, a pipeline's own parts."
     config = JointConfig(**config)
     model = ExpertQueryModel.from_pretrained(Path(encoder) / "model")
@@ -243,7 +244,7 @@ def respaced(
     data: dict | str,
     pipeline: str | Path,  # folder of the stage `joint`
     space: str | dict,
-):
+) -> None:
     "The same pipeline with another emotion space; nothing is trained again."
     pipe = open_pipeline(pipeline)
     pipe.space = _space(load_world(data, encoder_view(pipe.encoder)), pipe.encoder, space)
@@ -262,7 +263,7 @@ def candidates(
     num_per_emotion: int = 40,
     seed: int = 0,
     **sampling,  # to `generate_candidates`
-):
+) -> None:
     "Images of every emotion that has training images; others are `left_out` in the metrics."
     pipe = open_pipeline(pipeline)
     left_out = without_images(pipe)
@@ -333,7 +334,7 @@ def prompted(
     seed: int = 0,
     diffusion: str = "mini",
     **sampling,  # `num_inference_steps`, `guidance_scale`, `batch_size`
-):
+) -> None:
     "Candidates by captions whose names are drawn from `name_shares`, of the kinds that are known."
     splits, rng = load_world(data), np.random.default_rng([77, seed])
     shares = {k: name_shares(splits, k, true) for k in ("scene", "object") if splits.names[k]}
@@ -364,7 +365,7 @@ def inversion(
     diffusion: str = "mini",
     num_vectors: int = 1,  # tokens of a word
     **sampling,  # `num_inference_steps`, `guidance_scale`, `batch_size`
-):
+) -> None:
     "Candidates by one free word an emotion, learnt by the diffusion loss."
     config = JointConfig(**config)
     torch.manual_seed(config.seed)
@@ -401,7 +402,7 @@ def scores(
     data: dict | str,
     candidates: str | Path,  # folder of `candidates`, `prompted` or `inversion`
     real: str = "test",  # split to compare with
-):
+) -> None:
     "All generation metrics by the mini world's networks: `scores.csv`."
     images, table = read_candidates(candidates)
     splits = load_world(data)
@@ -438,7 +439,7 @@ def kept(
     max_kept: int = 20,  # of an emotion
     backbone: str = "mini",  # the CLIP that reads names in pictures
     **settings,  # to `select`
-):
+) -> None:
     "What the filter keeps, in EmoSet's format in `emoset`; every candidate in `table.csv`."
     _, table = read_candidates(candidates)
     model = ExpertQueryModel.from_pretrained(Path(encoder) / "model").eval()
@@ -470,7 +471,7 @@ def kept(
 NAMES = dict(emotion=list(MIKELS.names), scene=list(SCENES), object=list(OBJECTS))
 
 
-def further_real(folder: str | Path, num_images: int, seed: int = 0):
+def further_real(folder: str | Path, num_images: int, seed: int = 0) -> None:
     "A kept set of real mini images, drawn like the training images."
     specs = [draw_spec(2000 + seed, i) for i in range(num_images)]
     notes = [
@@ -485,7 +486,7 @@ def further_real(folder: str | Path, num_images: int, seed: int = 0):
 def relabelled(
     folder: str | Path,
     images: str | Path,  # folder of the stage `kept`
-):
+) -> None:
     "The same images, with what the judge sees in them as labels."
     pictures, _ = read_kept(images)
     seen = load_judge()(pictures)

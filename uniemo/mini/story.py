@@ -7,6 +7,7 @@ __all__ = ["Source", "accuracies", "read_choice", "first_of_each", "plot_story",
 
 # %% ../../nbs/mini/story.ipynb #aa1dc44f
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -153,7 +154,7 @@ def first_of_each(
 def plot_story(
     found: pd.DataFrame,  # of `accuracies`
     possible: dict | None = None,  # of a `Source`
-):
+) -> Any:  # a `Figure` of matplotlib, which is imported here
     "The stages' accuracies as one figure."
     from uniemo.measure.plots import plot_intervals
 

@@ -16,6 +16,7 @@ __all__ = [
 
 # %% ../../nbs/mini/variants.ipynb #543e347a
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def choose_variants(
 
 # %% ../../nbs/mini/variants.ipynb #57dfc7a3
 def make_variant(
-    store,  # a `Store`
+    store: Callable,  # a `Store`
     name: str,
     seed: int,
     budget: Budget,
@@ -184,7 +185,7 @@ IMPLICIT = {
 
 
 # %% ../../nbs/mini/variants.ipynb #8681befe
-def implicit_feedback(store, seed: int, budget: Budget) -> list[dict]:
+def implicit_feedback(store: Callable, seed: int, budget: Budget) -> list[dict]:
     "Rows (arm, seed, accuracies); both trained arms are read at their last step."
     data, rows = budget.data(seed), []
     encoder = store(understanding, data=data, config=budget.first(seed))

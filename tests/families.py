@@ -369,7 +369,8 @@ def quantised(pipe, family):
     made = reloaded(pipe, **in_eight_bits(part))
     kinds = {type(layer).__name__ for layer in getattr(made, part).modules()}
     pairs = zip(conditions(pipe), conditions(made), strict=True)
-    same = all(torch.equal(torch.cat([*a]), torch.cat([*b])) for a, b in pairs)
+    # to rounding: a loaded tower may lie elsewhere in memory, where other kernels read it
+    same = all(torch.allclose(torch.cat([*a]), torch.cat([*b]), atol=1e-6) for a, b in pairs)
     return "QLinear" in kinds and same and differ(made)
 
 

@@ -314,9 +314,9 @@ def test_the_diffusion_model_is_an_option(capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Stable Diffusion XL", "FLUX.1"])
 def test_the_table_of_larger_families(family):
-    "What the page says, as committed, is what is predicted."
+    "What the page says, as committed, is what is predicted: one U-Net and one transformer."
     committed = pd.read_csv(TABLE, index_col="family")
     assert list(committed.index) == list(FAMILIES)
     assert committed.loc[family].to_dict() == pytest.approx(predicted(family), abs=0.05)

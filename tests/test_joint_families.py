@@ -4,7 +4,14 @@ import warnings
 
 import pytest
 import torch
-from families import STAGE, call_settings, painted, stage_and_batch, tiny_encoder
+from families import (
+    STAGE,
+    call_settings,
+    largest_difference,
+    painted,
+    stage_and_batch,
+    tiny_encoder,
+)
 from tiny_pipelines import BUILDERS, build
 
 from uniemo.diffusion.denoisers import denoiser_of
@@ -88,7 +95,8 @@ def test_train_save_load_generate(family, world, text, tmp_path):
     images = again.generate("awe", 1, prompt="<emotion> castle", **settings).images
     words.attach(pipe)
     same = words.generate("awe", 1, prompt="<emotion> castle", **settings).images
-    assert (painted(images) == painted(same)).all()
+    # a loaded weight may lie elsewhere in memory, and some processors then round its last bit apart
+    assert largest_difference(images, same) <= 1
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))

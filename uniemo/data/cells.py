@@ -113,12 +113,15 @@ def spread_votes(
     emotions: Iterable[str],  # names, in the order of the votes
     file: str | Path,  # for an error
 ) -> pd.DataFrame:
-    "A column `votes` of lists as one column for each of the emotions."
+    "One column of votes for each of the emotions, from `votes` (lists, JSON) or `votes_<emotion>`."
     names = list(emotions)
+    named = {f"votes_{name}": name for name in names if name not in table}
+    table = table.rename(columns=named)
     if "votes" not in table or set(names) & set(table.columns):
         return table
     cells = [json.loads(v) if isinstance(v, str) else v for v in table["votes"]]
     empty = [np.nan] * len(names)
+    cells = [[v.get(name, 0) for name in names] if isinstance(v, dict) else v for v in cells]
     rows = [empty if v is None or np.ndim(v) == 0 else list(v) for v in cells]
     odd = next((k for k, row in enumerate(rows) if len(row) != len(names)), None)
     if odd is not None:

@@ -6,6 +6,7 @@
 __all__ = ["NO_DATA", "find_root", "find_layout", "load_data", "check"]
 
 # %% ../../nbs/data/checking.ipynb #564c8c76
+import os
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,11 @@ NO_DATA = (
 # %% ../../nbs/data/checking.ipynb #cf23f009
 def find_root(root: str | Path) -> Path:
     "The folder in which the data lie: `root`, or what it holds where that is one folder more."
+    if not isinstance(root, str | os.PathLike):
+        raise TypeError(
+            "a data set is given by its place (a folder, a table, hf:owner/name), not as a "
+            f"{type(root).__name__}: write it down first, with its save_to_disk or to_parquet"
+        )
     root = Path(root)
     folders = folders_in(root) if root.is_dir() else []
     while len(folders) == 1 and not _is_known(root) and not images_in(root):

@@ -195,6 +195,7 @@ class NamesStage(Stage):
         return dict(loss=loss)
 
 
+# %% ../../nbs/diffusion/warm.ipynb #5c7be1d0
 INPUTS = ("c", "s", "o", "alpha_scene", "alpha_object")
 
 

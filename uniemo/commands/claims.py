@@ -67,8 +67,9 @@ def decide_claims(
     if has_own:
         print(f"{made} cells in {shorten(cells)}")
     else:
-        commit = read_json(shipped / "provenance.json")["commit"]
-        print(f"{made} published cells of commit {commit[:7]}; your own: uniemo claims --run")
+        told = read_json(shipped / "provenance.json")
+        commits = [part["commit"][:7] for part in (told, *told.get("later", []))]
+        print(f"{made} published cells of {', '.join(commits)}; your own: uniemo claims --run")
     return 0
 
 

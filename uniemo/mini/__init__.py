@@ -143,11 +143,11 @@ if TYPE_CHECKING:
         joined,
         joint_training,
         joint_training_shuffled,
+        read_beginning,
         read_test,
         stage_1_continued,
         told_of,
         with_other_images,
-        without_test,
     )
     from .judge import (
         Judge,
@@ -229,6 +229,8 @@ if TYPE_CHECKING:
         oracle,
         specialist_of,
         twins_of,
+        with_queries,
+        without_test,
         zero_shot,
     )
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
@@ -449,11 +451,11 @@ _rooms = {
         "joined",
         "joint_training",
         "joint_training_shuffled",
+        "read_beginning",
         "read_test",
         "stage_1_continued",
         "told_of",
         "with_other_images",
-        "without_test",
     ],
     "judge": [
         "Judge",
@@ -544,6 +546,8 @@ _rooms = {
         "oracle",
         "specialist_of",
         "twins_of",
+        "with_queries",
+        "without_test",
         "zero_shot",
     ],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],

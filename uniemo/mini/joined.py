@@ -9,8 +9,8 @@ __all__ = [
     "Joining",
     "beginning_of",
     "read_test",
+    "read_beginning",
     "continued",
-    "without_test",
     "with_other_images",
     "joined",
     "told_of",
@@ -28,12 +28,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..backbones import Backbone
 from ..data.splits import EmotionSplits
 from ..joint import JointConfig, train_joint
 from .contenders import Contest
 from .diffusion import load_diffusion
-from .specialists import asked_of
+from .specialists import asked_of, with_queries, without_test
 from .worlds import world_of
 from ..queries import ExpertQueryModel
 from uniemo.understanding import (
@@ -81,11 +80,7 @@ def beginning_of(
     joining: Joining = JOINING,
 ) -> ExpertQueryModel:
     "The encoder after stage 1, with a head that reads all three features. Copy what you train."
-    backbone = Backbone(copy.deepcopy(contest.clip[0]), [0.5] * 3, [0.5] * 3)
-    config = contest.config(head_inputs="all")
-    how = dict(text=contest.text, progress=False)
-    splits = asked_of(contest, joining.images)
-    return train_understanding(splits, config, backbone, **how).model
+    return with_queries(contest, joining.images, head_inputs="all").model
 
 
 # %% ../../nbs/mini/joined.ipynb #1mpl0012
@@ -105,6 +100,16 @@ def read_test(
     return {name: torch.cat([p[name] for p in parts]) for name in ("logits", "scene", "object")}
 
 
+# asked once for all arms of a contest
+@lru_cache(maxsize=1)
+def read_beginning(
+    contest: Contest,
+    joining: Joining = JOINING,
+) -> dict[str, torch.Tensor]:  # as `read_test`
+    "What the encoder says before it goes on."
+    return read_test(beginning_of(contest, joining), contest, joining)
+
+
 # %% ../../nbs/mini/joined.ipynb #1mpl0015
 def continued(
     contest: Contest,
@@ -117,13 +122,6 @@ def continued(
     how = dict(text=contest.text, progress=False)
     splits = without_test(contest)
     return train_understanding(splits, UnderstandingConfig(**own), model, **how).model
-
-
-def without_test(contest: Contest) -> EmotionSplits:
-    "The contest's images; the few of validation stand for the test, which is read later."
-    own = contest.splits
-    sets = dict(train=own["train"], val=own["val"], test=own["val"])
-    return EmotionSplits(sets, own.names, own.emotions, own.specs)
 
 
 # %% ../../nbs/mini/joined.ipynb #1mpl0016
@@ -164,7 +162,7 @@ def told_of(
     joining: Joining = JOINING,
 ) -> dict[str, float]:
     "Accuracies, names that are right, and how many predictions moved."
-    before = read_test(beginning_of(contest, joining), contest, joining)
+    before = read_beginning(contest, joining)
     after = read_test(further(contest, joining), contest, joining)
     test = asked_of(contest, joining.images)["test"]
     emotion = after["logits"].argmax(1)

@@ -48,6 +48,7 @@ from .contenders import VIEW, Contest
 from .diffusion import load_diffusion, sample, to_images
 from .pretraining import strongest_clip
 from .sceptics import read_names
+from .specialists import without_test
 from .splits import paint_split
 from .stages import name_shares, read_kept
 from .worlds import World, world_of
@@ -107,9 +108,7 @@ class Loop:
     @cached_property
     def splits(self) -> EmotionSplits:
         "The contest's images without those of the test, which no generator needs."
-        own = self.contest.splits
-        sets = dict(train=own["train"], val=own["val"], test=own["val"])
-        return EmotionSplits(sets, own.names, own.emotions, own.specs)
+        return without_test(self.contest)
 
     @cached_property
     def pipeline(self) -> UniEmoPipeline:

@@ -8,6 +8,8 @@ __all__ = [
     "EXPERTS",
     "Probing",
     "asked_of",
+    "without_test",
+    "with_queries",
     "specialist_of",
     "masks_of",
     "class_maps",
@@ -68,18 +70,33 @@ def asked_of(
     return EmotionSplits(sets, own.names, own.emotions, specs)
 
 
+def without_test(contest: Contest) -> EmotionSplits:
+    "The contest's images; the few of validation stand for the test, which is read later."
+    own = contest.splits
+    sets = dict(train=own["train"], val=own["val"], test=own["val"])
+    return EmotionSplits(sets, own.names, own.emotions, own.specs)
+
+
 # %% ../../nbs/mini/specialists.ipynb #5pec0011
+def with_queries(
+    contest: Contest,
+    count: int,  # test images that it is asked about
+    **changes,  # of the configuration
+) -> StageResult:
+    "An encoder with expert queries, and what it says of the first test images."
+    backbone = Backbone(copy.deepcopy(contest.clip[0]), [0.5] * 3, [0.5] * 3)
+    how = dict(text=contest.text, progress=False)
+    return train_understanding(asked_of(contest, count), contest.config(**changes), backbone, **how)
+
+
 # made once for all arms of a contest
 @lru_cache(maxsize=1)
 def specialist_of(
     contest: Contest,
     probing: Probing = PROBING,
 ) -> StageResult:
-    "An encoder with expert queries, and what it says of the test images."
-    backbone = Backbone(copy.deepcopy(contest.clip[0]), [0.5] * 3, [0.5] * 3)
-    how = dict(text=contest.text, progress=False)
-    splits = asked_of(contest, probing.images)
-    return train_understanding(splits, contest.config(), backbone, **how)
+    "The encoder that is asked, and what it says of the test images."
+    return with_queries(contest, probing.images)
 
 
 # %% ../../nbs/mini/specialists.ipynb #5pec0014

@@ -23,10 +23,10 @@ __all__ = [
 # %% ../../nbs/commands/annotation.ipynb #9541f329
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,10 +48,10 @@ LEAST = 0.05
 
 # %% ../../nbs/commands/annotation.ipynb #18911d27
 def claims_of(
-    similarities,  # cosines [N, A] of images with names
+    similarities: Any,  # cosines [N, A] of images with names
     attributes: Sequence[tuple],  # A pairs (kind, name)
     scale: float = 100.0,  # CLIP's own factor of the cosines
-):  # a DataFrame: row, kind, name, score
+) -> Any:  # a DataFrame: row, kind, name, score
     "Which names a CLIP would give to images, and how sure it is."
     import pandas as pd
     import torch
@@ -129,7 +129,7 @@ def open_reader(
     names: dict[str, list[str]],
     device: str | None = None,
     progress: bool = False,
-):  # an `EvidenceReader`, and CLIP's factor of the cosines
+) -> tuple[Any, float]:  # an `EvidenceReader`, and CLIP's factor of the cosines
     "What compares images with names."
     from transformers import AutoTokenizer, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
@@ -167,7 +167,7 @@ class Calibration:
 
 
 # %% ../../nbs/commands/annotation.ipynb #7a9cbf19
-def true_names(data) -> dict[str, list]:
+def true_names(data: Any) -> dict[str, list]:
     "Kind -> for each image the set of its known names, folded; None where nothing is known."
     from uniemo.data.names import normalize_name
 
@@ -180,7 +180,7 @@ def true_names(data) -> dict[str, list]:
 
 
 # %% ../../nbs/commands/annotation.ipynb #fbf6d39e
-def judge_claims(claims, truth: dict[str, list]):
+def judge_claims(claims: Any, truth: dict[str, list]) -> Any:
     "The claims about images whose names are known, with a column `right`."
     from uniemo.data.names import normalize_name
 
@@ -193,7 +193,7 @@ def judge_claims(claims, truth: dict[str, list]):
 
 # %% ../../nbs/commands/annotation.ipynb #01c10971
 def calibrate(
-    claims,  # of `claims_of`
+    claims: Any,  # of `claims_of`
     truth: dict[str, list],  # of `true_names`
     precision: float = 0.8,
 ) -> list[Calibration]:
@@ -212,8 +212,8 @@ def calibrate(
 
 # %% ../../nbs/commands/annotation.ipynb #029bb2e1
 def annotated_notes(
-    data,  # an `EmotionData`
-    claims,  # of `claims_of`, about its images
+    data: Any,  # an `EmotionData`
+    claims: Any,  # of `claims_of`, about its images
     thresholds: dict[str, float | None],  # kind -> least score
     model: str,  # who claims
 ) -> list[dict]:
@@ -279,7 +279,7 @@ def _file_id(split, image_id):
 
 
 # %% ../../nbs/commands/annotation.ipynb #74b72e47
-def find_thresholds(read, sets: list, precision: float) -> tuple[dict, list]:
+def find_thresholds(read: Callable, sets: list, precision: float) -> tuple[dict, list]:
     "Thresholds by kind from data sets, as far as these have annotations, and how they were found."
     import pandas as pd
 
@@ -397,7 +397,7 @@ def known_sets(parts: dict) -> list:
 
 
 # %% ../../nbs/commands/annotation.ipynb #b22976c6
-def print_calibrations(fitted: list, precision: float):
+def print_calibrations(fitted: list, precision: float) -> None:
     "How the thresholds were found, as a table."
     heads = ["kind", "threshold", "right", "of", "recall", "images"]
     rows = [[o.kind, o.threshold, o.precision, o.claims, o.recall, o.images] for o in fitted]

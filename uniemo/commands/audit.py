@@ -17,7 +17,7 @@ __all__ = [
 
 # %% ../../nbs/commands/audit.ipynb #b36aebae
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,11 +37,11 @@ KINDS = ("scene", "object")
 
 
 def audit_photo(
-    pipe,  # a `UniEmoPipeline` whose encoder has queries
-    image,  # Pillow; its central square is read
+    pipe: Any,  # a `UniEmoPipeline` whose encoder has queries
+    image: Any,  # Pillow; its central square is read
     fill: str = "mean",  # what stands where something is hidden, or "blur"
     window: int | None = None,  # patches a side that are hidden at a time; None: a quarter
-):  # a dict of numbers, the attention maps, the maps of what is lost
+) -> tuple[dict, dict, dict]:  # a dict of numbers, the attention maps, the maps of what is lost
     "What a photograph is read as, and whether what is lost lies where the queries look."
     from functools import partial
 
@@ -72,7 +72,7 @@ def audit_photo(
 
 
 # %% ../../nbs/commands/audit.ipynb #ec1cb8a3
-def plot_photo(image, row: dict, attention: dict, lost: dict, path: Path):
+def plot_photo(image: Any, row: dict, attention: dict, lost: dict, path: Path) -> None:
     "A picture file of one photograph: attention beside what is lost."
     import matplotlib.pyplot as plt
 
@@ -91,13 +91,13 @@ def plot_photo(image, row: dict, attention: dict, lost: dict, path: Path):
 
 # %% ../../nbs/commands/audit.ipynb #923977ec
 def audit_photos(
-    pipe,  # a `UniEmoPipeline` whose encoder has queries
+    pipe: Any,  # a `UniEmoPipeline` whose encoder has queries
     paths: list[Path],
     out: Path | None = None,  # a folder for a picture of each
     skip: bool = False,  # leave files out that cannot be read
     progress: bool = False,  # a bar
-    **how,  # of `audit_photo`
-):  # a DataFrame with a row a photograph, one of means or None, and a list of (path, problem)
+    **how: Any,  # of `audit_photo`
+) -> tuple:  # a DataFrame with a row a photograph, one of means or None, [(path, problem)]
     "Audit photographs."
     import pandas as pd
     from tqdm import tqdm
@@ -127,7 +127,7 @@ def audit_photos(
 # %% ../../nbs/commands/audit.ipynb #912948b2
 def mean_agreement(
     maps: list,  # (attention, lost) of each photograph
-):  # a DataFrame; None of fewer than two photographs
+) -> Any:  # a DataFrame; None of fewer than two photographs
     "Rows (pair, with): mean agreement over photographs, see `agreement_table`."
     import numpy as np
 
@@ -198,13 +198,13 @@ def audit(  # noqa: PLR0913
 
 
 # %% ../../nbs/commands/audit.ipynb #cc6b13f5
-def check_new(out: Path | None):
+def check_new(out: Path | None) -> None:
     "A `FileExistsError` where a folder for pictures holds something."
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{shorten(out)} is not empty: choose another --out")
 
 
-def print_tables(table, means):
+def print_tables(table: Any, means: Any) -> None:
     "What a person wants to know: photographs, then means over them."
     short = table[list(SHORT)]
     print_table(short.values.tolist(), list(short.columns))

@@ -18,7 +18,7 @@ __all__ = [
 # %% ../../nbs/commands/convert.ipynb #fb7aedba
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -89,7 +89,7 @@ def from_emogen(source: Path, out: Path) -> list[str]:
 
 
 # %% ../../nbs/commands/convert.ipynb #ab7b3c64
-def open_encoder(source: Path):
+def open_encoder(source: Path) -> Any:
     "The folder of a pipeline's encoder, or of an encoder alone, read."
     from uniemo.queries import ExpertQueryModel
 
@@ -97,7 +97,7 @@ def open_encoder(source: Path):
     return ExpertQueryModel.from_pretrained(inside if inside.is_dir() else source)
 
 
-def mapper_files(mapper) -> dict[str, dict]:
+def mapper_files(mapper: Any) -> dict[str, dict]:
     "File -> state dict of a mapper's networks, as the authors name them."
     files = {}
     for name in ("mapper", "mapper_scene", "mapper_object"):
@@ -109,7 +109,7 @@ def mapper_files(mapper) -> dict[str, dict]:
 
 
 def statistics_of(
-    space,  # an `EmotionSpace`
+    space: Any,  # an `EmotionSpace`
 ) -> dict:  # emotion -> part -> (mean [d], std [d])
     "A space as means and deviations of each dimension, which is how others publish one."
     found = space.distributions()
@@ -128,7 +128,7 @@ def save_vectors(
     statistics: dict,  # of `statistics_of`
     folder: Path,
     names: dict[str, str],  # part -> file name with {emotion} and {what}
-):
+) -> None:
     "Torch files of means and deviations."
     import torch
 
@@ -198,7 +198,7 @@ def to_emogen(source: Path, out: Path) -> list[str]:
     return written
 
 
-def read_correlation(source: Path):
+def read_correlation(source: Path) -> Any:
     "The table of coefficients in a folder, of its own or of a retriever; None where there is none."
     from uniemo.correlation import AttributeRetriever, CorrelationTable
 

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,12 +73,12 @@ def once_for_all() -> Iterator[None]:
 
 # %% ../../nbs/commands/photos.ipynb #5a78b88c
 def understand_photos(
-    pipe,  # a `UniEmoPipeline`
+    pipe: Any,  # a `UniEmoPipeline`
     paths: list[Path],
     skip: bool = False,  # leave files out that cannot be read
     progress: bool = False,  # a bar
     batch_size: int = 32,  # images at a time
-):  # a DataFrame with a row a photograph, and a list of (path, what is wrong)
+) -> tuple[Any, list]:  # a DataFrame with a row a photograph, and a list of (path, what is wrong)
     "Everything that `understand` says of photographs."
     import pandas as pd
     from tqdm import tqdm
@@ -118,7 +118,7 @@ SHORT = ("path", "emotion", "confidence", "scene", "object", "unlike")
 def check_file(
     path: Path | None,  # that is to be written
     endings: tuple[str, ...] = (),  # one of them; none: any
-):
+) -> None:
     "Refuse a file that cannot be written as asked, before any work."
     if path is None:
         return
@@ -128,7 +128,7 @@ def check_file(
         raise ValueError(f"{path}: a picture ends in {', '.join(endings)}")
 
 
-def write_rows(table, as_json: bool, csv: Path | None):
+def write_rows(table: Any, as_json: bool, csv: Path | None) -> None:
     "All columns of a table: as JSON to stdout, into a CSV file."
     if as_json:
         print(json.dumps(json.loads(table.to_json(orient="records")), indent=1))
@@ -137,7 +137,7 @@ def write_rows(table, as_json: bool, csv: Path | None):
         typer.echo(f"{len(table)} rows in {shorten(csv)}", err=True)
 
 
-def tell_skipped(table, skipped: list, trained_on: str = "") -> int:
+def tell_skipped(table: Any, skipped: list, trained_on: str = "") -> int:
     "Say what is unlike the training images and what was left out; the exit code."
     if said := novelty_text(table, trained_on):
         typer.echo(said, err=True)
@@ -186,7 +186,7 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 def novelty_text(
-    table,  # of `understand_photos`
+    table: Any,  # of `understand_photos`
     trained_on: str = "",  # what the model has seen, in words
 ) -> str:
     "A sentence where photographs are unlike what the model was trained on; else nothing."
@@ -204,7 +204,7 @@ def novelty_text(
     )
 
 
-def plot_photos(pipe, table, path: Path):
+def plot_photos(pipe: Any, table: Any, path: Path) -> None:
     "The first photographs of a table with what was read, as a picture file."
     import matplotlib.pyplot as plt
 

@@ -7,7 +7,7 @@ __all__ = ["Steps", "read_mixture", "read_wish", "generate", "edit"]
 
 # %% ../../nbs/commands/pictures.ipynb #f01b941f
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +59,7 @@ def new_folder(
     return next(Path(one) for one in tries if not Path(one).exists())
 
 
-def save_images(generated, folder: Path, **about) -> list[Path]:
+def save_images(generated: Any, folder: Path, **about: object) -> list[Path]:
     "Images with their provenance and `images.csv`, told on stdout; the files' paths."
     table = generated.save(folder, **about)
     rows = table.to_dict("records")
@@ -181,7 +181,7 @@ def generate(  # noqa: PLR0913
 def read_region(
     mask: Path | None,  # of what is painted anew
     keep: Path | None,  # of what stays
-):
+) -> Any:
     "The mask of an edit, None where there is none."
     if mask is not None and keep is not None:
         raise ValueError("give --mask or --keep, not both")

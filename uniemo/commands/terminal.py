@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ def _cell(value):
 def print_table(
     rows: list,  # lists of values, one a row
     heads: list[str],  # a name for each column
-):
+) -> None:
     "Rows under heads, left-aligned; on a terminal folded to its width."
     from rich.console import Console
     from rich.table import Table
@@ -197,7 +197,7 @@ def hub_answers(
 def refuse_unreachable(
     model: str,  # as `--model` names it
     option: str = "--model",  # that gave it
-):
+) -> None:
     "Refuse a model of the hub at once where it is not in the cache and the hub does not answer."
     if model.count("/") != 1 or Path(model).expanduser().exists():
         return
@@ -215,7 +215,7 @@ def load_pipeline(
     model: str = "mini",  # as `--model` names it
     device: str | None = None,  # None: a GPU, if there is any
     quiet: bool = False,  # no bar while images are made
-):  # a `UniEmoPipeline`; a `FamilyPipeline` where its diffusion model is of another family
+) -> Any:  # a `UniEmoPipeline`; a `FamilyPipeline` where its diffusion model is of another family
     "The pipeline that `--model` names, on its device."
     with working("loading the model", quiet), silent_libraries():
         device = choose_device(device)

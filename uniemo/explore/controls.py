@@ -8,6 +8,7 @@ __all__ = ["png_bytes", "sketch_controls", "layer_controls"]
 # %% ../../nbs/explore/controls.ipynb #3e82c3b9
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -28,7 +29,7 @@ def png_bytes(
 # %% ../../nbs/explore/controls.ipynb #91ea17c4
 def sketch_controls(
     studio: Studio,
-):  # a widget; its `wish` is what the sliders say, `image` the picture
+) -> Any:  # a widget; its `wish` is what the sliders say, `image` the picture
     "Sliders of a wish, and a sketch that follows them."
     import ipywidgets as widgets
 
@@ -62,7 +63,7 @@ def sketch_controls(
 def layer_controls(
     studio: Studio,
     photo: Image.Image | str | Path,
-):  # a widget; `scene` and `object` are its pictures
+) -> Any:  # a widget; `scene` and `object` are its pictures
     "A slider over the layers, with what scene and object queries look at there."
     import ipywidgets as widgets
 

@@ -23,8 +23,9 @@ __all__ = [
 
 # %% ../../nbs/explore/media.ipynb #d29407e8
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def mixture_from_labels(
 
 
 # %% ../../nbs/explore/media.ipynb #2da494c5
-def shares_of(mixture, least):
+def shares_of(mixture: Mapping[str, float], least: float) -> dict[str, float]:
     "Shares that sum to 1, largest first; those below `least` are left out."
     total = sum(mixture.values())
     if total <= 0:
@@ -207,9 +208,9 @@ AUDIO_MODEL = "superb/wav2vec2-base-superb-er"
 
 # %% ../../nbs/explore/media.ipynb #095bcf82
 def classifier_of(
-    model,  # a pipeline of transformers, or a hub id or folder
+    model: Any,  # a pipeline of transformers, or a hub id or folder
     task: str = "text-classification",  # or "audio-classification"
-):
+) -> Callable:
     "A pipeline of transformers."
     if callable(model):
         return model
@@ -232,7 +233,7 @@ def mixture_of_answer(
 # %% ../../nbs/explore/media.ipynb #34a82fd7
 def emotion_of_text(
     text: str,
-    model=TEXT_MODEL,  # a text classification pipeline, or a hub id or folder
+    model: Any = TEXT_MODEL,  # a text classification pipeline, or a hub id or folder
     table: Mapping | str | None = None,  # label -> meaning, or a key of TABLES; None: found
 ) -> dict[str, float]:
     "The mixture of a text."
@@ -273,7 +274,7 @@ def read_wav(
 # %% ../../nbs/explore/media.ipynb #24a5db2d
 def emotion_of_audio(
     path: str | Path,
-    model=AUDIO_MODEL,  # an audio classification pipeline, or a hub id or folder
+    model: Any = AUDIO_MODEL,  # an audio classification pipeline, or a hub id or folder
     table: Mapping | str | None = None,  # label -> meaning, or a key of TABLES; None: found
 ) -> dict[str, float]:
     "The mixture of a piece of speech or music."
@@ -289,11 +290,11 @@ def emotion_of_audio(
 
 # %% ../../nbs/explore/media.ipynb #d3c94163
 def illustrate(
-    pipe,  # a `UniEmoPipeline`
+    pipe: Any,  # a `UniEmoPipeline`
     mixtures: Sequence[Mapping],  # one for each line, see `emotion_of_text`
     prompt: str = "<emotion>",
     seed: int = 0,
-    **sampling,  # of `UniEmoPipeline.generate`
+    **sampling: Any,  # of `UniEmoPipeline.generate`
 ) -> Generated:
     "A picture for each mixture."
     if not mixtures:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from PIL import Image
 
@@ -17,7 +19,7 @@ from .studio import Studio, Wish, pack
 
 
 # %% ../../nbs/explore/page.ipynb #b29190f1
-def load_gradio():
+def load_gradio() -> ModuleType:
     "The module gradio, silent; where it is missing, how to get it."
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -27,7 +29,7 @@ def load_gradio():
     return gradio
 
 
-def local_theme():
+def local_theme() -> Any:
     "Gradio's theme with fonts that every machine has."
     return load_gradio().themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -99,7 +101,7 @@ def wish_of(  # noqa: PLR0913 - one value of each control, in their order on the
 
 
 # %% ../../nbs/explore/page.ipynb #bfd5d1ba
-def add_wish_controls(gradio, emotions: list[str]) -> list:
+def add_wish_controls(gradio: ModuleType, emotions: list[str]) -> list:
     "The controls of a `Wish`, in the order of `wish_of`."
     with gradio.Row():
         emotion = gradio.Dropdown([*emotions, POINT], value=emotions[1], label="emotion")
@@ -116,7 +118,7 @@ def add_wish_controls(gradio, emotions: list[str]) -> list:
 
 
 # %% ../../nbs/explore/page.ipynb #9c9138ce
-def add_reading(gradio, studio: Studio):
+def add_reading(gradio: ModuleType, studio: Studio) -> None:
     "The tab that reads a photograph."
     layers = max(studio.layers, 1)
     with gradio.Row():
@@ -151,7 +153,7 @@ def add_reading(gradio, studio: Studio):
 
 
 # %% ../../nbs/explore/page.ipynb #3050cd38
-def add_painting(gradio, studio: Studio, model: str):
+def add_painting(gradio: ModuleType, studio: Studio, model: str) -> None:
     "The tab that paints and edits."
     controls = add_wish_controls(gradio, studio.emotions)
     with gradio.Row():
@@ -181,7 +183,7 @@ def add_painting(gradio, studio: Studio, model: str):
 
 
 # %% ../../nbs/explore/page.ipynb #be01fee4
-def add_sketching(gradio, studio: Studio):
+def add_sketching(gradio: ModuleType, studio: Studio) -> None:
     "The tab whose picture follows the controls."
     gradio.Markdown(f"The picture follows the controls ({studio.sketch_steps} steps).")
     controls = add_wish_controls(gradio, studio.emotions)
@@ -197,11 +199,11 @@ def add_sketching(gradio, studio: Studio):
 
 # %% ../../nbs/explore/page.ipynb #45a0dacf
 def build_page(
-    pipe,  # a `UniEmoPipeline`
+    pipe: Any,  # a `UniEmoPipeline`
     model: str = "mini",  # its name, for the images' provenance
     steps: int = 20,  # of a painted image
     sketch_steps: int = 8,  # of one that follows the controls
-):  # a `gradio.Blocks`
+) -> Any:  # a `gradio.Blocks`
     "The page, not yet served."
     gradio = load_gradio()
     studio = Studio(pipe, steps, sketch_steps)
@@ -218,7 +220,7 @@ def build_page(
 
 # %% ../../nbs/explore/page.ipynb #2c9521b0
 def serve(
-    page,  # of `build_page`
+    page: Any,  # of `build_page`
     port: int | None = None,  # None: the first free one from 7860
     browser: bool = False,  # whether a browser is opened
     wait: bool = False,  # until Ctrl-C; False: go on
@@ -246,7 +248,7 @@ def demo(
     port: int | None = None,  # None: the first free one from 7860
     browser: bool = False,  # whether a browser is opened
     wait: bool = False,  # until Ctrl-C; False: go on
-):  # the page; `close()` ends it
+) -> Any:  # the page; `close()` ends it
     "A page to explore a model with, on this machine alone; in a notebook below the cell."
     load_gradio()
     from uniemo.diffusion.any_family import open_trained

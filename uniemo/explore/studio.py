@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ class Studio:
 
     def __init__(
         self,
-        pipe,  # a `UniEmoPipeline` or a `FamilyPipeline`
+        pipe: Any,  # a `UniEmoPipeline` or a `FamilyPipeline`
         steps: int = 20,  # of a painted image
         sketch_steps: int = 8,  # of one that follows the sliders
     ):

@@ -24,13 +24,15 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from PIL import Image
 from torch import nn
 
@@ -44,13 +46,14 @@ from uniemo.files.onnx import (
 )
 from ..losses import similarity
 from ..measure.novelty import output_features
-from ..queries import attention_maps
+from ..pipeline import UniEmoPipeline
+from ..queries import ExpertQueryOutput, attention_maps
 from ..space import seeded_generators
 
 
 # %% ../../nbs/explore/webpage.ipynb #510e07cd
 def unit_run(
-    scheduler,  # of diffusers
+    scheduler: SchedulerMixin,  # of diffusers
     steps: int,
 ) -> tuple[list, list, list]:  # scales of the input; latents and clean latents after each step
     "A scheduler's run on unit vectors: the noise is number 0, prediction i is number i + 1."
@@ -71,8 +74,8 @@ def unit_run(
 
 
 def clean_row(
-    scheduler,
-    out,  # of its `step`
+    scheduler: SchedulerMixin,
+    out: Any,  # of its `step`
 ) -> torch.Tensor:
     "The scheduler's guess of the finished latents; the latents themselves where it makes none."
     guess = getattr(out, "pred_original_sample", None)
@@ -86,10 +89,10 @@ def clean_row(
 
 # %% ../../nbs/explore/webpage.ipynb #9dfb823d
 def follow_table(
-    scheduler,  # of diffusers
+    scheduler: SchedulerMixin,  # of diffusers
     rows: list,  # of `unit_run`
     steps: int,
-    predict,  # latents, timestep -> prediction
+    predict: Callable,  # latents, timestep -> prediction
 ) -> float:  # the largest difference
     "How far a scheduler's last latents are from those of its table."
     scheduler = copy.deepcopy(scheduler)
@@ -105,10 +108,10 @@ def follow_table(
 
 
 def check_linear(
-    scheduler,
+    scheduler: SchedulerMixin,
     rows: list,  # of `unit_run`
     steps: int,
-):
+) -> None:
     "A `ValueError` for a scheduler that no table can hold."
     generator = torch.Generator().manual_seed(1)
 
@@ -124,7 +127,7 @@ def check_linear(
 
 # %% ../../nbs/explore/webpage.ipynb #0d53c5b2
 def schedule_table(
-    scheduler,  # of diffusers
+    scheduler: SchedulerMixin,  # of diffusers
     steps: int,
 ) -> dict:  # timesteps, scales, latents, clean: plain numbers
     "What a page needs to follow a scheduler for some steps."
@@ -149,7 +152,7 @@ def schedule_table(
 
 # %% ../../nbs/explore/webpage.ipynb #6cdf3ed8
 def draw_table(
-    pipe,  # a `UniEmoPipeline`
+    pipe: UniEmoPipeline,
     seeds: int,  # seeds 0 to seeds - 1
 ) -> dict[str, np.ndarray]:  # float32: mean [E, 3d], deviation [seeds, E, 3d], noise [seeds, ...]
     "What is drawn for the first image of each seed."
@@ -178,7 +181,7 @@ JOINING = ("a", "photo", "of", "and", "in", "the")
 
 
 def word_table(
-    pipe,  # a `UniEmoPipeline`
+    pipe: UniEmoPipeline,
     more: tuple[str, ...] = JOINING,  # words beside the names
 ) -> dict[str, list[int]]:  # word -> token ids
     "The words that a page reads in a prompt."
@@ -192,7 +195,7 @@ def word_table(
 
 # %% ../../nbs/explore/webpage.ipynb #a51eb414
 def word_tokens(
-    pipe,  # a `UniEmoPipeline`
+    pipe: UniEmoPipeline,
 ) -> int:
     "How many tokens an emotion takes in a prompt."
     words = pipe.words.draw(pipe.emotions[0], seeded_generators(0, 1))[0]
@@ -208,7 +211,7 @@ class PageReader(nn.Module):
     # distance: in units of the threshold, above 1 is unlike the training images
     outputs = ("probabilities", "scene_map", "object_map", "scene", "object", "distance")
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: UniEmoPipeline):
         super().__init__()
         self.encoder, self.retriever = pipe.encoder, pipe.retriever
         self.novelty = pipe.novelty
@@ -216,7 +219,7 @@ class PageReader(nn.Module):
             self.register_buffer("mean", pipe.novelty.mean)
             self.register_buffer("matrix", pipe.novelty.matrix)
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.encoder(pixel_values)
         maps = attention_maps(self.encoder, out)
         near = {}
@@ -228,7 +231,7 @@ class PageReader(nn.Module):
         distance = self.distance(out)
         return probabilities, maps["scene"], maps["object"], near["scene"], near["object"], distance
 
-    def distance(self, out):
+    def distance(self, out: ExpertQueryOutput) -> torch.Tensor:
         "Of the features from the training images; 0 where nobody knows."
         if self.novelty is None:
             return torch.zeros_like(out.logits[:, 0])
@@ -266,7 +269,7 @@ PAINTED = (
 
 # %% ../../nbs/explore/webpage.ipynb #21cb8a47
 def page_numbers(
-    pipe,  # a `UniEmoPipeline`
+    pipe: UniEmoPipeline,
     settings: PageSettings,
     samples: Mapping[str, str],  # file name -> what it shows
 ) -> dict:  # what JSON can hold
@@ -300,7 +303,7 @@ def page_numbers(
 
 # %% ../../nbs/explore/webpage.ipynb #3e6e5d1d
 def painted_samples(
-    pipe,  # a `UniEmoPipeline`
+    pipe: UniEmoPipeline,
     steps: int = 20,
 ) -> dict[str, Image.Image]:  # what it shows -> picture
     "A picture of each emotion, painted by the pipeline itself."
@@ -316,8 +319,6 @@ def page_of(
     settings: PageSettings | None,
 ) -> tuple:  # pipeline, settings
     "A pipeline by name, and the page's settings for it."
-    from uniemo.pipeline import UniEmoPipeline
-
     pipe = UniEmoPipeline.from_pretrained(name)
     pipe.set_progress_bar_config(disable=True)
     if settings is None:
@@ -328,7 +329,9 @@ def page_of(
 # %% ../../nbs/explore/webpage.ipynb #1acdc3b7
 @torch.no_grad()
 def write_page(
-    pipe,  # a `UniEmoPipeline` on the CPU, float32, with queries and a space; or 'mini', a folder
+    pipe: UniEmoPipeline
+    | str
+    | Path,  # on the CPU, float32, with queries and a space; or 'mini', a folder
     folder: str | Path,  # made where it is missing
     # what it shows -> picture to begin with; None: one of each emotion, painted by the pipeline
     samples: Mapping[str, Image.Image] | None = None,

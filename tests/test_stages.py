@@ -339,13 +339,7 @@ def test_joint_experiment_in_the_paper_s_setting(tmp_path):
 
 
 def test_joint_says_what_it_needs_before_it_begins(tmp_path):
-    world = write_emoset(tmp_path / "world", 48, progress=False)
-    bare = tmp_path / "bare"
-    for split in ("train", "val", "test"):
-        shutil.copytree(world / "image", bare / split)
     for wrong, say in (
-        (dict(data=str(world / "image")), "names no scenes and no objects"),
-        (dict(data=str(bare)), "names no scenes and no objects"),
         (dict(joint_settings=dict(stepz=3)), "the nearest is 'steps'"),
         (dict(mapper=dict(use_scen=False)), "did you mean 'mapper.use_scene'"),
         (dict(space="bnak"), "the nearest is 'bank'"),
@@ -386,9 +380,10 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
         (bare / path.stem[:-1]).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, bare / path.stem[:-1])
     says = "names no scenes and no objects.*uniemo run understanding"
-    with pytest.raises(RunFailed, match=says):
-        start("quickstart", dict(TINY, data=str(bare)), tmp_path / "runs", progress=False)
-    assert not list((tmp_path / "runs").glob("*/stages"))
+    for name in ("quickstart", "joint"):
+        with pytest.raises(ValueError, match=says):
+            start(name, dict(data=str(bare)), tmp_path / "runs", progress=False)
+    assert not (tmp_path / "runs").exists(), "refused before the first cell"
 
 
 @pytest.mark.long

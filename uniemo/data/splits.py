@@ -73,6 +73,20 @@ def training_images(
     return load_data(Path(data), _usual_splits(Path(data))["train"], **kwargs)
 
 
+# %% ../../nbs/data/splits.ipynb #ac7a1546
+def check_named(
+    train: EmotionData,
+    data: str | Path,  # what the message calls it
+) -> None:
+    "Refuse images that name no scene and no object: stages 2 and 3 weigh them."
+    if not (train.scene_names or train.object_names):
+        raise ValueError(
+            f"{data} names no scenes and no objects, which stages 2 and 3 need: give a table "
+            "with columns 'scene' or 'objects', or EmoSet's format. "
+            f"Emotions alone: uniemo run understanding -p data {data}"
+        )
+
+
 # %% ../../nbs/data/splits.ipynb #5748c26d
 def _draw_split(train, share, least, rng):
     "Positions of the images that a new split takes: `share` of each emotion, `least` of three."

@@ -178,6 +178,23 @@ if TYPE_CHECKING:
         sure_ones,
         taught,
     )
+    from .makers import (
+        MAKERS,
+        MAKING,
+        Making,
+        beliefs,
+        coefficient_movement,
+        drawn_names,
+        gradient_share,
+        learned,
+        painted_names,
+        painted_words,
+        pipeline_of,
+        reader_of,
+        seen_emotion,
+        taught_words,
+        written_prompts,
+    )
     from .painting import MANY_WIDTHS, Rendered, WIDTHS, paint, paint_all, render, sprites, twin
     from .pretraining import (
         PartOfRun,
@@ -485,6 +502,23 @@ _rooms = {
         "spread",
         "sure_ones",
         "taught",
+    ],
+    "makers": [
+        "MAKERS",
+        "MAKING",
+        "Making",
+        "beliefs",
+        "coefficient_movement",
+        "drawn_names",
+        "gradient_share",
+        "learned",
+        "painted_names",
+        "painted_words",
+        "pipeline_of",
+        "reader_of",
+        "seen_emotion",
+        "taught_words",
+        "written_prompts",
     ],
     "painting": [
         "MANY_WIDTHS",

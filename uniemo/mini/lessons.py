@@ -35,27 +35,28 @@ import pandas as pd
 import torch
 
 from ..backbones import Backbone
-from ..conditioning import caption
-from ..data.names import normalize_name
 from ..data.splits import EmotionSplits
-from ..diffusion.any_family import pipeline_class
 from ..emotions import MIKELS
 from ..feedback import candidate_table, generate_candidates, read_candidates, select
 from ..filtering import CRITERIA, name_reader
-from ..joint import JointConfig, train_joint
 from .clip import to_pixels
 from .contenders import VIEW, Contest
-from .diffusion import load_diffusion, sample, to_images
-from .pretraining import strongest_clip
-from .sceptics import read_names
+from .diffusion import to_images
+from uniemo.mini.makers import (
+    Making,
+    beliefs,
+    drawn_names,
+    painted_names,
+    pipeline_of,
+    taught_words,
+)
 from .specialists import without_test
 from .splits import paint_split
-from .stages import name_shares, read_kept
+from .stages import read_kept
 from .worlds import World, world_of
 from ..pipeline import UniEmoPipeline
-from ..space import fit_space
 from ..train.results import StageResult
-from ..understanding import ExtraImages, encoder_view, plain_batches, train_understanding
+from ..understanding import ExtraImages, encoder_view, train_understanding
 
 
 # %% ../../nbs/mini/lessons.ipynb #ba5dc9f8
@@ -63,14 +64,10 @@ from ..understanding import ExtraImages, encoder_view, plain_batches, train_unde
 class Lesson:
     "How images are made and used, alike in all arms."
 
-    joint_steps: int = 120
-    # steps towards annotated names before them
-    warm_start: int = 200
-    # candidates of an emotion, and the most that are kept
-    num_per_emotion: int = 40
+    # words, and the candidates of an emotion
+    making: Making = Making(num_per_emotion=100)
+    # the most that are kept of an emotion
     max_kept: int = 20
-    num_inference_steps: int = 12
-    guidance_scale: float = 4.0
     # share of further images in a batch
     ratio: float = 0.3
 
@@ -113,30 +110,17 @@ class Loop:
     @cached_property
     def pipeline(self) -> UniEmoPipeline:
         "Stage 2: words of the training images, and the emotion space they are drawn from."
-        lesson, contest = self.lesson, self.contest
-        steps = dict(steps=lesson.joint_steps, eval_every=lesson.joint_steps)
-        config = JointConfig.preset(
-            "mini", seed=contest.seed, warm_start=lesson.warm_start, **steps
-        )
-        painter = load_diffusion(world=world_of(contest.world))
-        encoder = copy.deepcopy(self.first.model)
-        how = dict(text=contest.text, progress=False)
-        made = train_joint(self.splits, config, encoder, painter, **how)
-        pipe = pipeline_class(made.parts["diffusion"]).from_diffusion(**made.parts)
-        pipe.space = fit_space(
-            plain_batches(self.splits["train"]), pipe.encoder, emotions=MIKELS.names
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        config = self.lesson.making.config(self.contest)
+        made = taught_words(self.contest, config, copy.deepcopy(self.first.model))
+        return pipeline_of(made.parts, self.splits["train"])
 
     @cached_property
     def made(self) -> Path:
         "The folder of generated images."
-        sampling = dict(
-            num_inference_steps=self.lesson.num_inference_steps,
-            guidance_scale=self.lesson.guidance_scale,
-        )
-        count, seed = self.lesson.num_per_emotion, self.contest.seed
+        making, seed = self.lesson.making, self.contest.seed
+        steps, scale = making.num_inference_steps, making.guidance_scale
+        sampling = dict(num_inference_steps=steps, guidance_scale=scale, batch_size=50)
+        count = making.num_per_emotion
         generate_candidates(self.pipeline, self.folder / "made", count, seed, **sampling)
         return self.folder / "made"
 
@@ -227,18 +211,9 @@ def of_written_prompts(loop: Loop) -> dict[str, torch.Tensor]:
     "Images of captions whose names are drawn as the training images share them by emotion."
     contest, names = loop.contest, loop.splits.names
     rng = np.random.default_rng([6, contest.seed])
-    shares = {kind: np.nan_to_num(name_shares(loop.splits, kind)) for kind in names}
-    known = [e for e in loop.counts.index if all(s[:, e].sum() for s in shares.values())]
-    label = rng.permutation(np.resize(known, int(loop.counts.sum())))
-    drawn = {
-        kind: np.array([rng.choice(len(s), p=s[:, e] / s[:, e].sum()) for e in label])
-        for kind, s in shares.items()
-    }
-    said = {kind: [normalize_name(names[kind][k]) for k in drawn[kind]] for kind in names}
-    prompts = [caption(scene, [thing]) for scene, thing in zip(said["scene"], said["object"])]
-    painter = load_diffusion(world=world_of(contest.world))
-    how = dict(steps=loop.lesson.num_inference_steps, guidance_scale=loop.lesson.guidance_scale)
-    images = np.stack(to_images(sample(painter, prompts, seed=10**6 + contest.seed, **how)))
+    label = rng.permutation(np.resize(loop.counts.index, int(loop.counts.sum())))
+    label, drawn = drawn_names(loop.splits, label, rng)
+    images = painted_names(contest, drawn, 10**6 + contest.seed, loop.lesson.making)
     objects = torch.eye(len(names["object"]), dtype=torch.bool)[drawn["object"]]
     return dict(
         pixel_values=to_pixels(images),
@@ -256,14 +231,7 @@ def label_errors(
     world: World | str,  # `World` or its version
 ) -> np.ndarray:
     "1 - P(label | names that the strong CLIP reads), [n]."
-    world = world_of(world)
-    seen = read_names(*strongest_clip(world), images)
-    scene, thing = (seen[kind].argmax(1) for kind in ("scene", "object"))
-    pairs = zip(scene.tolist(), thing.tolist(), labels.tolist())
-    names = world.names
-    return np.array(
-        [1 - world.posterior(names["scene"][s], (names["object"][o],))[e] for s, o, e in pairs]
-    )
+    return 1 - beliefs(images, world)[np.arange(len(labels)), labels]
 
 
 def _errors_of(extra, world):

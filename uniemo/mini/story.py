@@ -18,7 +18,7 @@ from ..data.checking import check
 from ..data.hub import data_place
 from ..data.kept import read_table
 from ..data.mixing import mixing_weights
-from ..data.splits import three_splits
+from ..data.splits import check_named, three_splits
 from ..emotions import MIKELS
 from ..measure.intervals import proportion
 from .judge import attribute_fit, load_judge
@@ -32,13 +32,7 @@ def open_photographs(
 ) -> dict:
     "Three splits with scenes or objects named and no problems, or an error that says what lacks."
     photos = three_splits(data)
-    train = photos["train"]
-    if not (train.scene_names or train.object_names):
-        raise ValueError(
-            f"{data} names no scenes and no objects, which stages 2 and 3 need: give a table "
-            "with columns 'scene' or 'objects', or EmoSet's format. "
-            f"Emotions alone: uniemo run understanding -p data {data}"
-        )
+    check_named(photos["train"], data)
     problems = check(data, verbose=False)
     if len(problems):
         first = problems.iloc[0]

@@ -33,6 +33,7 @@ from datetime import timedelta
 from ..files.disk import write_file
 from .folders import LOCK, Run, new_run, now, read_json
 from uniemo.runs.parameters import (
+    check_data,
     check_parameters,
     find_notebook,
     read_notebook,
@@ -402,6 +403,7 @@ def start(
     path = find_notebook(name)
     known = read_parameters(read_notebook(path))
     given = check_parameters(known, params or {})
+    check_data(known, given)
     defaults = {k: p.default for k, p in known.items() if not p.computed}
     values = {k: {**defaults, **given}[k] for k in known if k in defaults or k in given}
     run = new_run(path.stem, values, runs_dir, run_id, given=given, notebook=str(name))

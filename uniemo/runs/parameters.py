@@ -28,6 +28,7 @@ import operator
 import os
 import re
 import tokenize
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -354,6 +355,28 @@ def check_place(
         f"{p.name}: there is no file or folder {value!r} (looked from {Path.cwd()}), "
         f"and on the hub a name is written {example}; wanted: {p.help}"
     )
+
+
+# %% ../../nbs/runs/parameters.ipynb #eb347dae
+def check_data(
+    known: dict[str, Parameter],
+    given: Mapping,  # name -> value, of the right kind
+):
+    "Refuse data on this machine that cannot be opened, or that lack names that are needed."
+    for name, value in given.items():
+        p = known[name]
+        chosen = p.place == "data" and isinstance(value, str) and value != p.default
+        if not (chosen and Path(value).expanduser().exists()):
+            continue
+        from uniemo.data.splits import check_named, training_images
+
+        with warnings.catch_warnings():
+            # the notebook says them
+            warnings.simplefilter("ignore")
+            how = given.get("on_error", "raise")
+            train = training_images(value, on_error="list" if how == "skip" else how)
+        if re.search(r"\bnamed\b", p.help):
+            check_named(train, value)
 
 
 # %% ../../nbs/runs/parameters.ipynb #0f49e5f1

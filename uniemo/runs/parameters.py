@@ -325,7 +325,7 @@ HOLDS = {
 def check_limits(
     p: Parameter,
     value: object,  # of a list, each element
-):
+) -> None:
     "Refuse numbers that the parameter's own comment rules out."
     for number in value if isinstance(value, list) else [value]:
         if type(number) not in (int, float):
@@ -343,7 +343,7 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 def check_place(
     p: Parameter,
     value: object,
-):
+) -> None:
     "Refuse a model or data of which neither a file, a folder nor a hub could have the name."
     if not (p.place and isinstance(value, str)) or value == p.default or f'"{value}"' in p.help:
         return
@@ -361,7 +361,7 @@ def check_place(
 def check_data(
     known: dict[str, Parameter],
     given: Mapping,  # name -> value, of the right kind
-):
+) -> None:
     "Refuse data on this machine that cannot be opened, or that lack names that are needed."
     for name, value in given.items():
         p = known[name]
@@ -383,7 +383,7 @@ def check_data(
 def at_least(
     least: float,
     **values: float | None,  # name -> value; None passes
-):
+) -> None:
     "Refuse parameters below `least`, by name, before the work that they would break."
     for name, value in values.items():
         if value is not None and value < least:

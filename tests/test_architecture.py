@@ -321,10 +321,6 @@ def test_public_names_are_documented():
     assert silent == []
 
 
-# shelves whose signatures are whole; the chapters' are, too
-ANNOTATED = ("data", "train", "measure", "files", "method", "diffusion", "mini")
-
-
 def public_functions(body, inside=""):
     "Functions and methods (name, node) that others may call, of a module's or a class's body."
     for node in body:
@@ -350,7 +346,6 @@ def test_public_signatures_are_annotated():
     bare = [
         f"{module}.{name}: {', '.join(missing)}"
         for module, tree in modules().items()
-        if room(module) in ANNOTATED and (room(module) != "method" or module in CHAPTERS)
         for name, function in public_functions(tree.body)
         if (missing := without_types(function, "." in name))
     ]

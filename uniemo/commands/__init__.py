@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .convert import (
         AUTHORS_FILES,
         EMOGEN_FILES,
+        OUR_FILES,
         READERS,
         convert_files,
         from_emogen,
@@ -109,6 +110,7 @@ _rooms = {
     "convert": [
         "AUTHORS_FILES",
         "EMOGEN_FILES",
+        "OUR_FILES",
         "READERS",
         "convert_files",
         "from_emogen",

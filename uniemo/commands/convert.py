@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "AUTHORS_FILES",
+    "OUR_FILES",
     "EMOGEN_FILES",
     "READERS",
     "kind_of",
@@ -26,6 +27,15 @@ from .terminal import shorten, silent_libraries
 
 # %% ../../nbs/commands/convert.ipynb #d5e1ffd5
 AUTHORS_FILES = ("VIT_query.pth", "best.pth", "*-best.pth")
+OUR_FILES = (
+    "uniemo.json",
+    "config.json",
+    "*/uniemo.json",
+    "encoder/config.json",
+    "space.safetensors",
+    "correlation.csv",
+    "classifier.safetensors",
+)
 EMOGEN_FILES = ("attr_coefficient_emotion_*.pkl", "emo_space/*_mean_v2.pt", "*_mean_v2.pt")
 
 
@@ -37,7 +47,7 @@ def kind_of(
         raise FileNotFoundError(f"{source} is no folder: give the one that holds the files")
     # EmoGen's classifier is called *best.pth too
     kinds = dict(emogen=EMOGEN_FILES, authors=AUTHORS_FILES)
-    kinds["uniemo"] = ("uniemo.json", "config.json", "space.safetensors", "*/uniemo.json")
+    kinds["uniemo"] = OUR_FILES
     for kind, patterns in kinds.items():
         if any(any(source.glob(pattern)) for pattern in patterns):
             return kind
@@ -178,10 +188,13 @@ def to_emogen(source: Path, out: Path) -> list[str]:
     "A table of coefficients and the class part of a space as EmoGen's files; what was written."
     import pickle
 
+    import torch
+    from safetensors.torch import load_file
+
     from uniemo.space import EmotionSpace
 
     written, table = [], read_correlation(source)
-    (out / "emo_space").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for kind in ("scene", "object"):
         if table is not None and table.names(kind):
             rows = {name: table[kind, name].double().numpy() for name in table.names(kind)}
@@ -191,10 +204,16 @@ def to_emogen(source: Path, out: Path) -> list[str]:
     if (source / "space.safetensors").exists():
         space = EmotionSpace.load(source / "space.safetensors")
         names = {"class": "{emotion}_{what}_v2.pt"}
+        (out / "emo_space").mkdir()
         save_vectors(statistics_of(space), out / "emo_space", names)
         written.append("emo_space/<emotion>_mean_v2.pt, _std_v2.pt")
+    if (source / "classifier.safetensors").exists():
+        state = load_file(source / "classifier.safetensors")
+        named = {f"fc.{key}": tensor for key, tensor in state.items()}
+        torch.save(named, out / "classifier-best.pth")
+        written.append("classifier-best.pth")
     if not written:
-        raise FileNotFoundError(f"{source} holds no correlation.csv, retriever or space")
+        raise FileNotFoundError(f"{source} holds no coefficients, space or classifier")
     return written
 
 

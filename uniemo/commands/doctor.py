@@ -27,6 +27,7 @@ from typing import Annotated
 import typer
 
 from .terminal import Quiet, hub_answers, is_watched, print_table, shorten
+from ..data.spelling import counted
 
 
 # %% ../../nbs/commands/doctor.ipynb #4ba13e61
@@ -44,7 +45,7 @@ def check_data(
     table = check(data, progress=is_watched(quiet))
     if csv is not None:
         table.to_csv(csv, index=False)
-        print(f"{len(table)} problems in {shorten(csv)}")
+        print(f"{counted(len(table), 'problem')} in {shorten(csv)}")
     if len(table) and show:
         print()
         print_table(table.head(show).values.tolist(), list(table.columns))

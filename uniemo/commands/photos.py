@@ -67,7 +67,7 @@ def find_photos(
 def once_for_all() -> Iterator[None]:
     "While inside, no batch warns of images unlike the training images: the table tells it."
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"\d+ of \d+ images are unlike")
+        warnings.filterwarnings("ignore", message=".* unlike what this model")
         yield
 
 
@@ -142,7 +142,8 @@ def tell_skipped(table: Any, skipped: list, trained_on: str = "") -> int:
     if said := novelty_text(table, trained_on):
         typer.echo(said, err=True)
     for path, problem in skipped:
-        typer.echo(f"skipped {path}: {problem}", err=True)
+        named = problem if str(path) in problem else f"{path}: {problem}"
+        typer.echo(f"skipped {named}", err=True)
     return 1 if skipped else 0
 
 
@@ -190,18 +191,12 @@ def novelty_text(
     trained_on: str = "",  # what the model has seen, in words
 ) -> str:
     "A sentence where photographs are unlike what the model was trained on; else nothing."
+    from uniemo.results import unlike_text
+
     count = int(table["unlike"].sum()) if "unlike" in table else 0
     if not count:
         return ""
-    which = f"{count} of {len(table)} photographs are"
-    if count == 1:
-        which = "this photograph is" if len(table) == 1 else f"1 of {len(table)} photographs is"
-    known = f" ({trained_on})" if trained_on else ""
-    of_it = "it" if count == 1 else "them"
-    return (
-        f"{which} unlike what this model was trained on{known}: what it says of {of_it} "
-        "may be wrong"
-    )
+    return unlike_text(count, len(table), trained_on, "photograph")
 
 
 def plot_photos(pipe: Any, table: Any, path: Path) -> None:

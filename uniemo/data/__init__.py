@@ -76,7 +76,7 @@ if TYPE_CHECKING:
         shared_work,
         wait_for_all,
     )
-    from .spelling import closest
+    from .spelling import closest, counted
     from .splits import EmotionSplits, load_splits, open_splits, three_splits, training_images
     from .tables import EmotionTable
     from .transforms import (
@@ -161,7 +161,7 @@ _rooms = {
         "shared_work",
         "wait_for_all",
     ],
-    "spelling": ["closest"],
+    "spelling": ["closest", "counted"],
     "splits": ["EmotionSplits", "load_splits", "open_splits", "three_splits", "training_images"],
     "tables": ["EmotionTable"],
     "transforms": [

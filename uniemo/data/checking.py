@@ -18,6 +18,7 @@ from .hub import EmotionArrow, is_arrow_folder, on_hub, parquet_shards
 from .images import SUFFIXES
 from .reading import DataError, Problem, check_regular, problem_table
 from .sets import EmotionData, examine_all
+from .spelling import counted
 from .tables import EmotionTable
 
 # %% ../../nbs/data/checking.ipynb #6933d609
@@ -155,7 +156,7 @@ def check(
         except DataError as e:
             problems.append(_problem(e))
             continue
-        counts[split or "all"] = len(data)
+        counts[split] = len(data)
         problems += data.problems + examine_all(data, seen, progress)
         if not len(data):
             problems.append(
@@ -202,9 +203,10 @@ def _summary(root, problems, counts, verbose):
     table = problem_table(problems).drop_duplicates(ignore_index=True)
     if not verbose:
         return table
-    splits = ", ".join(f"{k} {v:,}" for k, v in counts.items())
-    verdict = f"{len(table)} problems" if len(table) else "all is well"
-    print(f"{root}: {sum(counts.values()):,} entries ({splits}), {verdict}")
+    splits = ", ".join(f"{k} {v:,}" for k, v in counts.items() if k)
+    verdict = counted(len(table), "problem") if len(table) else "all is well"
+    entries = counted(sum(counts.values()), "entry", "entries")
+    print(f"{root}: {entries}{f' ({splits})' if splits else ''}, {verdict}")
     kinds = table["problem"].str.split(":").str[0]
     for kind, part in table.groupby(kinds, sort=False):
         more = ", ..." if len(part) > 3 else ""

@@ -104,9 +104,9 @@ def _undecodable(source, name, error):
     if isinstance(error, Image.UnidentifiedImageError):
         return DataError(name, "cannot be decoded: no image that Pillow knows", AGAIN)
     if "no known range" in str(error) or "conversion" in str(error):
-        remedy = "Convert it to 8-bit RGB, or take its entry out of the data set"
+        remedy = "Convert it to 8-bit RGB, or leave it out"
     else:
-        remedy = "Fetch it again or convert it to 8-bit RGB, or take its entry out of the data set"
+        remedy = "Fetch it again or convert it to 8-bit RGB, or leave it out"
     return DataError(name, f"cannot be decoded: {error or type(error).__name__}", remedy)
 
 
@@ -119,7 +119,7 @@ def read_image(
 ) -> Image.Image:
     "Upright RGB image of `source`; a `DataError` names the file and the remedy."
     in_memory = isinstance(source, io.IOBase)
-    name = name or getattr(source, "name", source)
+    name = name or (getattr(source, "name", source) if in_memory else source)
     if not in_memory:
         check_regular(source, limit=math.inf)
     try:

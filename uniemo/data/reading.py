@@ -61,8 +61,8 @@ def problem_table(problems: list[Problem]) -> pd.DataFrame:
 
 
 # %% ../../nbs/data/reading.ipynb #4c5c9db1
-AGAIN = "Fetch it again, or take its entry out of the data set"
-CONVERT = "Convert it to JPEG or PNG, or take its entry out of the data set"
+AGAIN = "Fetch it again, or leave it out"
+CONVERT = "Convert it to JPEG or PNG, or leave it out"
 UNPACK = "Unpack it, and give what is in it"
 
 # first bytes, what begins so, and what to do about it
@@ -99,7 +99,7 @@ def name_content(
     if head[4:8] == b"ftyp" and head[8:12] not in (b"avif", b"avis"):
         return ("a HEIC photograph" if head[8:12] in HEIC else "a video"), CONVERT
     if int.from_bytes(head[:8], "little") < 10**8 and head[8:9] == b"{":
-        return "a safetensors file, which holds weights", "Take its entry out of the data set"
+        return "a safetensors file, which holds weights", "Leave it out"
     start = head.lstrip().lower()
     for signature, name, remedy in SIGNATURES:
         if start.startswith(signature):

@@ -23,6 +23,7 @@ from .images import read_image
 from .lookup import ImageFiles, in_threads
 from .names import check_name, fold_case, look_alikes, normalize_name
 from .reading import DataError, Problem, problem_table
+from .spelling import counted
 from ..emotions import MIKELS, EmotionSet
 
 
@@ -133,9 +134,10 @@ class EmotionData(ImageFiles):
         keep[[p.row for p in problems if p.row is not None]] = False
         self.columns = {k: v[keep] for k, v in self.columns.items()}
         if problems:
-            number = (~keep).sum() + sum(p.row is None for p in problems)
+            number = int((~keep).sum()) + sum(p.row is None for p in problems)
+            left_out = counted(number, "entry is", "entries are")
             warnings.warn(
-                f"{self.root}, split {self.split!r}: {number} entries are skipped and listed in "
+                f"{self.root}, split {self.split!r}: {left_out} skipped and listed in "
                 f".skipped, first {problems[0].path}: {problems[0].problem}",
                 stacklevel=6,
             )

@@ -132,6 +132,16 @@ class Wish:
         return {self.emotion: 1 - self.share, self.second: self.share}
 
 
+# %% ../../nbs/explore/studio.ipynb #3b5ce101
+def open_photo(
+    photo: Image.Image | str | Path,  # a picture or its file
+) -> Image.Image:
+    "The picture; an error calls its file by the name alone: a page keeps it where nobody looks."
+    if isinstance(photo, Image.Image):
+        return photo
+    return read_image(photo, name=Path(photo).name)
+
+
 # %% ../../nbs/explore/studio.ipynb #0ec851b5
 class Studio:
     "A pipeline behind the controls of a page."
@@ -162,7 +172,7 @@ class Studio:
         photo: Image.Image | str | Path,  # a picture or its file
     ) -> Reading:
         "Read one photograph; a file that is none is refused with what is wrong."
-        image = photo if isinstance(photo, Image.Image) else read_image(photo)
+        image = open_photo(photo)
         with warnings.catch_warnings():
             # of a picture that is unlike the training images the sentence tells
             warnings.simplefilter("ignore", UserWarning)
@@ -182,8 +192,7 @@ class Studio:
         "Images of a wish, judged by the encoder."
         sampling = self.sampling(wish, self.steps)
         if photo is not None:
-            image = photo if isinstance(photo, Image.Image) else read_image(photo)
-            sampling |= dict(image=image, strength=strength)
+            sampling |= dict(image=open_photo(photo), strength=strength)
         return self.pipe.generate(wish.mixture, num_images, **sampling)
 
     def sketch(self, wish: Wish) -> Image.Image:

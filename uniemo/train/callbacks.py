@@ -13,7 +13,7 @@ __all__ = [
     "read_best",
     "Validate",
     "Log",
-    "is_watched",
+    "bar_is_seen",
     "find_checkpoints",
     "is_whole",
     "newest_checkpoint",
@@ -213,7 +213,7 @@ class Log(Callback):
             self.bar = tqdm(
                 total=trainer.steps,
                 initial=trainer.step - 1,
-                disable=not (trainer.progress and trainer.main and is_watched()),
+                disable=not (trainer.progress and trainer.main and bar_is_seen()),
                 desc=type(trainer.stage).__name__,
             )
         self.bar.update()
@@ -245,7 +245,7 @@ class Log(Callback):
 SHOWN = ("loss", "accuracy")
 
 
-def is_watched() -> bool:
+def bar_is_seen() -> bool:
     "Whether somebody sees a bar: on a terminal, or in a notebook that no command runs."
     if "UNIEMO_RUN_DIR" in os.environ:
         # `uniemo run` tells it, from what the run logs

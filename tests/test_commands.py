@@ -269,6 +269,8 @@ def test_emogen_files_of_the_authors(shared, tmp_path, monkeypatch):
     assert {p.name for p in Path("ours").iterdir()} >= {"correlation.csv", "space.safetensors"}
     assert command("convert", "ours", "--to", "emogen", "--out", "back") == 0
     first, second = load_emogen(source), load_emogen("back")
+    assert second.classifier.weight.equal(first.classifier.weight)
+    assert second.classifier.bias.equal(first.classifier.bias)
     for kind, rows in first.coefficients.items():
         assert set(rows) == set(second.coefficients[kind])
         for name, row in rows.items():

@@ -329,8 +329,8 @@ def test_emoset_looks_into_files(cells, tmp_path):
     t = look()
     assert (
         (t.there[[clips, diffusions]] == "yes").all()
-        and "https://github.com/toshas/torch-fidelity" in t.whence["inception"].iloc[0]
-        and "https://download.pytorch.org" in t.whence["alexnet"].iloc[0]
+        and "https://github.com/toshas/torch-fidelity" in t.source["inception"].iloc[0]
+        and "https://download.pytorch.org" in t.source["alexnet"].iloc[0]
     )
     for f in (clip / "tokenizer.json", sd / "tokenizer/tokenizer.json"):
         f.unlink()

@@ -45,7 +45,7 @@ from ..space import seeded_generators
 # %% ../../nbs/mini/edits.ipynb #b9a10bdf
 @dataclass(frozen=True)
 class EditTask:
-    "A photograph whose truth is known, and the emotion that it shall get."
+    "A photograph whose truth is known, and the emotion that it is to get."
 
     spec: ImageSpec
     wish: str

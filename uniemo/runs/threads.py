@@ -57,7 +57,7 @@ def usable_cores() -> int:
 
 
 def thread_settings() -> dict[str, str]:
-    "Environment variables for a process that shall use what it may; what is set already stays."
+    "Environment variables for a process that uses what it may; what is set already stays."
     wanted = {"OMP_NUM_THREADS": str(usable_cores()), "OMP_WAIT_POLICY": "PASSIVE"}
     return {name: os.environ.get(name) or value for name, value in wanted.items()}
 

@@ -248,17 +248,3 @@ def test_labels_out_of_range_and_no_images():
         M.check_predictions([], np.zeros((0, 8)))
     with pytest.raises(ValueError, match="at least one image"):
         M.fit_temperature(np.zeros((0, 8)), [])
-
-
-def test_importing_loads_no_statistics():
-    "The pipeline imports this shelf; scipy.stats and seaborn wait until a figure or Student asks."
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; import uniemo.measure.intervals, uniemo.measure.classification, "
-        "uniemo.measure.pictures, uniemo.measure.networks; "
-        "print([m for m in ('scipy.stats', 'seaborn', 'accelerate') if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.stdout.strip() == "[]", out.stdout + out.stderr

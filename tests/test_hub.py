@@ -139,6 +139,28 @@ def test_votes_in_one_column_and_others_names_of_columns(tmp_path):
     assert own.labels.tolist() == [1]
 
 
+def test_background_subject_and_boxes_of_a_data_set(tmp_path):
+    features = datasets.Features(
+        image=datasets.Image(),
+        emotion=datasets.Value("string"),
+        background=datasets.Value("string"),
+        subject=datasets.Value("string"),
+        bbox=datasets.List(datasets.Value("float32")),
+    )
+    rows = dict(
+        image=[Image.new("RGB", (40, 20), "red")] * 2,
+        emotion=["awe", "fear"],
+        background=["sea", "street"],
+        subject=["cat", "cup"],
+        bbox=[[10, 0, 20, 20]] * 2,
+    )
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "boxes")
+    data = EmotionArrow(tmp_path / "boxes")
+    assert data.annotation(1) == dict(scene="street", object=["cup"])
+    mask = data.mask(0, 8)
+    assert mask[:, :4].all() and not mask[:, 4:].any()
+
+
 def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatch):
     made(4).save_to_disk(tmp_path / "one")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)

@@ -25,7 +25,14 @@ import pandas as pd
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from .cells import COLUMNS, LABELS, class_names, label_numbers, rename_folded
+from uniemo.data.cells import (
+    COLUMNS,
+    LABELS,
+    class_names,
+    label_numbers,
+    rename_folded,
+    use_synonyms,
+)
 from .folders import SPLIT_NAMES
 from .reading import DataError
 from .tables import EmotionTable
@@ -111,7 +118,7 @@ def frame_of(data: Any) -> pd.DataFrame:
             table[name] = class_names(table[name], rest.features[name].names)
     if image:
         table["path"] = [f"row-{k}" for k in range(len(table))]
-    return rename_folded(table, COLUMNS)
+    return use_synonyms(rename_folded(table, COLUMNS))
 
 
 # %% ../../nbs/data/hub.ipynb #b77d8972

@@ -202,7 +202,7 @@ def build_page(
     pipe: Any,  # a `UniEmoPipeline`
     model: str = "mini",  # its name, for the images' provenance
     steps: int = 20,  # of a painted image
-    sketch_steps: int = 8,  # of one that follows the controls
+    sketch_steps: int = 4,  # of one that follows the controls
 ) -> Any:  # a `gradio.Blocks`
     "The page, not yet served."
     gradio = load_gradio()

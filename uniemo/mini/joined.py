@@ -10,9 +10,9 @@ __all__ = [
     "beginning_of",
     "read_test",
     "read_beginning",
-    "continued",
     "with_other_images",
     "joined",
+    "continued",
     "told_of",
     "stage_1_continued",
     "joint_training",
@@ -22,7 +22,7 @@ __all__ = [
 # %% ../../nbs/mini/joined.ipynb #1mpl0004
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -36,10 +36,8 @@ from .specialists import asked_of, with_queries, without_test
 from .worlds import world_of
 from ..queries import ExpertQueryModel
 from uniemo.understanding import (
-    UnderstandingConfig,
     UnderstandingStage,
     network_inputs,
-    train_understanding,
 )
 
 
@@ -56,10 +54,9 @@ class Joining:
     # test images
     images: int = 10_000
 
-    def config(self, contest: Contest) -> JointConfig:
+    def config(self, contest: Contest, **changes) -> JointConfig:
         "Joint training of a contest: queries and heads of the encoder, and the mapper."
-        return JointConfig.preset(
-            "mini",
+        chosen = dict(
             seed=contest.seed,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -67,6 +64,7 @@ class Joining:
             eval_every=self.steps,
             train_parts=("queries", "heads"),
         )
+        return JointConfig.preset("mini", **{**chosen, **changes})
 
 
 JOINING = Joining()
@@ -110,20 +108,6 @@ def read_beginning(
     return read_test(beginning_of(contest, joining), contest, joining)
 
 
-# %% ../../nbs/mini/joined.ipynb #1mpl0015
-def continued(
-    contest: Contest,
-    joining: Joining = JOINING,
-) -> ExpertQueryModel:
-    "Stage 1 goes on: what joint training does, without a generator."
-    joint = joining.config(contest)
-    own = {f.name: getattr(joint, f.name) for f in fields(UnderstandingConfig)}
-    model = copy.deepcopy(beginning_of(contest, joining))
-    how = dict(text=contest.text, progress=False)
-    splits = without_test(contest)
-    return train_understanding(splits, UnderstandingConfig(**own), model, **how).model
-
-
 # %% ../../nbs/mini/joined.ipynb #1mpl0016
 def with_other_images(
     splits: EmotionSplits,
@@ -144,15 +128,26 @@ def joined(
     contest: Contest,
     joining: Joining = JOINING,
     shuffled: bool = False,  # whether the generator is shown other images
+    **changes,  # of the configuration
 ) -> ExpertQueryModel:
     "Joint training with the world's own frozen diffusion model."
     splits = without_test(contest)
     if shuffled:
         splits = with_other_images(splits, contest.seed)
+    config = joining.config(contest, **changes)
     encoder = copy.deepcopy(beginning_of(contest, joining))
     painter = load_diffusion(world=world_of(contest.world))
     how = dict(text=contest.text, progress=False)
-    return train_joint(splits, joining.config(contest), encoder, painter, **how).parts["encoder"]
+    return train_joint(splits, config, encoder, painter, **how).parts["encoder"]
+
+
+def continued(
+    contest: Contest,
+    joining: Joining = JOINING,
+) -> ExpertQueryModel:
+    "Stage 1 goes on: joint training whose generator has no say."
+    own = joining.config(contest).joint_weights[0]
+    return joined(contest, joining, joint_weights=(own, 0.0, 0.0), warm_start=0)
 
 
 # %% ../../nbs/mini/joined.ipynb #1mpl0020

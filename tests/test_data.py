@@ -417,7 +417,7 @@ def test_each_fault_is_named_found_and_skipped(emoset, fault):
         and table["problem"][0].startswith(message)
         and table["remedy"][0]
     )
-    with pytest.warns(UserWarning, match="1 entries are skipped and listed"):
+    with pytest.warns(UserWarning, match="1 entry is skipped and listed"):
         d = EmoSet(emoset, "train", transform=eval_transform(16), on_error="skip", progress=False)
     assert (
         len(d.skipped) == 1
@@ -689,7 +689,7 @@ def test_bad_votes(folder, change, problem):
     t.to_csv(folder / "t.csv", index=False)
     with pytest.raises(DataError, match=f"t.csv, row 3: {problem}.*correct the row"):
         EmotionTable(folder / "t.csv")
-    with pytest.warns(UserWarning, match="1 entries"):
+    with pytest.warns(UserWarning, match="1 entry"):
         d = EmotionTable(folder / "t.csv", on_error="skip", progress=False)
     assert (
         len(d) == 2
@@ -776,7 +776,7 @@ def test_a_row_without_a_split_is_told(folder):
         )
         with pytest.raises(DataError, match="t.csv, row 4: no split. Write its split"):
             EmotionTable(folder / "t.csv", first)
-        with pytest.warns(UserWarning, match=f"{len(lost)} entries are skipped"):
+        with pytest.warns(UserWarning, match=f"{len(lost)} entr(y is|ies are) skipped"):
             d = EmotionTable(folder / "t.csv", first, on_error="skip", progress=False)
         assert len(d) == (2 if len(lost) == 2 else 3) and list(d.skipped["problem"]) == [
             "no split"
@@ -827,7 +827,7 @@ def test_a_bad_cell_is_one_bad_row(folder, case, ending):
         and e.value.remedy
         and "np.float64" not in str(e.value)
     )
-    with pytest.warns(UserWarning, match="1 entries are skipped"):
+    with pytest.warns(UserWarning, match="1 entry is skipped"):
         d = EmotionTable(file, on_error="skip", progress=False, **kwargs)
     assert (
         len(d) == 2
@@ -1027,7 +1027,7 @@ def test_an_image_in_two_splits_stays_in_one(emoset):
     "Left out where skipped: the test set is what stays."
     a, b = emoset / "image/fear/fear_train0.jpg", emoset / "image/fear/fear_test0.jpg"
     a.write_bytes(b.read_bytes())
-    with pytest.warns(UserWarning, match="1 entries are skipped"):
+    with pytest.warns(UserWarning, match="1 entry is skipped"):
         found = three_splits(emoset, on_error="skip", progress=False)
     assert {k: (len(d), len(d.skipped)) for k, d in found.items()} == dict(
         train=(15, 1), val=(8, 0), test=(8, 0)

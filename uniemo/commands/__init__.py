@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .photos import (
         check_file,
         find_photos,
+        read_each,
         tell_skipped,
         understand,
         understand_photos,
@@ -133,6 +134,7 @@ _rooms = {
     "photos": [
         "check_file",
         "find_photos",
+        "read_each",
         "tell_skipped",
         "understand",
         "understand_photos",

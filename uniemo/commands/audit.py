@@ -21,7 +21,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .photos import check_file, find_photos, once_for_all, tell_skipped, write_rows
+from uniemo.commands.photos import (
+    check_file,
+    find_photos,
+    once_for_all,
+    read_each,
+    tell_skipped,
+    write_rows,
+)
 from uniemo.commands.terminal import (
     Device,
     Model,
@@ -102,23 +109,14 @@ def audit_photos(
     import pandas as pd
     from tqdm import tqdm
 
-    from uniemo.data.images import read_image
-    from uniemo.data.reading import DataError
-
     rows, maps, skipped = [], [], []
-    for path in tqdm(paths, disable=not progress, desc="hiding patches", leave=False):
-        try:
-            image = read_image(path)
-        except (DataError, OSError) as e:
-            if not skip:
-                raise
-            skipped.append((path, str(e)))
-            continue
-        row, *both = audit_photo(pipe, image, **how)
-        rows.append(dict(path=str(path)) | row)
-        maps.append(both)
-        if out is not None:
-            plot_photo(image, row, *both, out / f"{len(rows):03d}-{path.stem}.png")
+    with tqdm(paths, disable=not progress, desc="hiding patches", leave=False) as bar:
+        for path, image in read_each(bar, skip, skipped):
+            row, *both = audit_photo(pipe, image, **how)
+            rows.append(dict(path=str(path)) | row)
+            maps.append(both)
+            if out is not None:
+                plot_photo(image, row, *both, out / f"{len(rows):03d}-{path.stem}.png")
     if not rows:
         raise ValueError(f"none of {len(paths)} files is an image that can be read")
     return pd.DataFrame(rows), mean_agreement(maps), skipped

@@ -6,6 +6,7 @@
 __all__ = [
     "SHORT",
     "find_photos",
+    "read_each",
     "understand_photos",
     "check_file",
     "write_rows",
@@ -17,8 +18,9 @@ __all__ = [
 import glob
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +73,28 @@ def once_for_all() -> Iterator[None]:
         yield
 
 
+# %% ../../nbs/commands/photos.ipynb #75090082
+def read_each(
+    paths: Collection[Path],
+    skip: bool,  # leave files out that cannot be read
+    skipped: list,  # takes those, as (path, what is wrong)
+) -> Iterator[tuple[Path, Any]]:  # path and Pillow image
+    "Photographs, one after the other."
+    from uniemo.data.images import read_image
+    from uniemo.data.reading import DataError
+
+    for path in paths:
+        try:
+            image = read_image(path)
+        except (DataError, OSError) as e:
+            if not skip:
+                more = "; --skip leaves out what cannot be read" * (len(paths) > 1)
+                raise ValueError(f"{e}{more}") from None
+            skipped.append((path, str(e)))
+        else:
+            yield path, image
+
+
 # %% ../../nbs/commands/photos.ipynb #5a78b88c
 def understand_photos(
     pipe: Any,  # a `UniEmoPipeline`
@@ -83,27 +107,14 @@ def understand_photos(
     import pandas as pd
     from tqdm import tqdm
 
-    from uniemo.data.images import read_image
-    from uniemo.data.reading import DataError
-
     tables, skipped = [], []
-    with tqdm(total=len(paths), disable=not progress, desc="reading", leave=False) as bar:
-        for start in range(0, len(paths), batch_size):
-            batch, images = paths[start : start + batch_size], []
-            for path in batch:
-                try:
-                    images.append((path, read_image(path)))
-                except (DataError, OSError) as e:
-                    if not skip:
-                        more = "; --skip leaves out what cannot be read" * (len(paths) > 1)
-                        raise ValueError(f"{e}{more}") from None
-                    skipped.append((path, str(e)))
-            if images:
-                with once_for_all():
-                    table = pipe.understand([image for _, image in images]).to_pandas()
-                table.insert(0, "path", [str(path) for path, _ in images])
-                tables.append(table)
-            bar.update(len(batch))
+    with tqdm(paths, disable=not progress, desc="reading", leave=False) as bar:
+        photos = read_each(bar, skip, skipped)
+        while batch := list(islice(photos, batch_size)):
+            with once_for_all():
+                table = pipe.understand([image for _, image in batch]).to_pandas()
+            table.insert(0, "path", [str(path) for path, _ in batch])
+            tables.append(table)
     if not tables:
         raise ValueError(f"none of {len(paths)} files is an image that can be read")
     return pd.concat(tables, ignore_index=True), skipped

@@ -125,21 +125,6 @@ def test_understanding_with_extra_images(warm, tmp_path):
     assert run.summary()["extra_images"] == 48 and run.summary()["images"] == len(
         EmoSet(data, "train")
     )
-    with pytest.raises(RunFailed, match="images are in the split 'val' too.*learnt by heart"):
-        start(
-            "understanding",
-            dict(TINY, data=str(data), extra=str(data / "image")),
-            tmp_path / "runs",
-            progress=False,
-        )
-    with pytest.raises(RunFailed, match="no emotion of the data that it should join"):
-        (more / "image/awe").rename(more / "image/joy")
-        start(
-            "understanding",
-            dict(TINY, data=str(data), extra=str(more / "image")),
-            tmp_path / "runs",
-            progress=False,
-        )
 
 
 @pytest.mark.long

@@ -643,6 +643,19 @@ def test_stage_1_on_disk_and_in_memory(tmp_path):
         train_understanding(on_disk, short(), "mini", extra=again, progress=False)
 
 
+def test_further_images_that_cannot_join_are_refused(tmp_path):
+    "A folder with images of another split, and one with an emotion that is none of the data."
+    on_disk = open_splits(write_emoset(tmp_path / "world", 60, progress=False))
+    again = ExtraImages(tmp_path / "world" / "image", 0.5)
+    with pytest.raises(ValueError, match="images are in the split 'val' too.*learnt by heart"):
+        train_understanding(on_disk, short(), "mini", extra=again, progress=False)
+    more = write_emoset(tmp_path / "more", 48, seed=48, progress=False)
+    (more / "image" / "awe").rename(more / "image" / "joy")
+    other = ExtraImages(more / "image", 0.5)
+    with pytest.raises(ValueError, match="no emotion of the data that it should join"):
+        train_understanding(on_disk, short(), "mini", extra=other, progress=False)
+
+
 def test_stage_2_on_disk_with_latents_made_once(tmp_path):
     "What a data set at full size needs: images read as needed, latents kept on the disk."
     on_disk = open_splits(write_emoset(tmp_path / "world", 60, progress=False))

@@ -336,6 +336,21 @@ def write_llms(site, cfg):
     (site / "llms.txt").write_text(llms(cfg.title, cfg.description, shelves, host))
 
 
+def tell_names(site):
+    """In the search an entry of the reference says that it is one.
+
+    Short entries come first there: without this, "LoRA" finds `load_lora` before the pages
+    that tell how a LoRA is used.
+    """
+    index = site / "search.json"
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    for entry in entries:
+        section = entry["section"] or ""
+        if "_" in section and " " not in section:
+            entry["section"] = f"{section}, a name in the reference"
+    index.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+
+
 def process():
     """Notebooks ready to render, in `_proc`: nbdev's own processing, but no cell is run.
 
@@ -404,6 +419,7 @@ def docs():
     local_links(site, cfg)
     add_play(site)
     write_llms(site, cfg)
+    tell_names(site)
     without_foreign_fonts(site)
     # formulas look the same on every machine
     shutil.copy(files("ziamath") / "fonts/STIXTwoMath-Regular.ttf", site / "site_libs")

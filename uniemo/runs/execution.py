@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any
 
 from ..files.disk import write_file
 from .folders import LOCK, Run, new_run, now, read_json
@@ -110,18 +110,17 @@ class Watch:
         notebook: Any,  # that papermill executes
         progress: bool = True,  # whether anything is shown; status.json is written in any case
         every: float = 0.5,  # seconds between two looks
-        stream: TextIO | None = None,  # where it is shown; None: stderr
     ):
         self.run, self.notebook = run, notebook
-        self.progress, self.every, self.stream = progress, every, stream or sys.stderr
+        self.progress, self.every = progress, every
         self.metrics, self.last, self.seen, self.bar = run.dir / "metrics.jsonl", "", 0, None
         self.offset = self.metrics.stat().st_size if self.metrics.exists() else 0
         self.start = self.shown = time.monotonic()
         self.stop, self.thread = threading.Event(), threading.Thread(target=self._loop, daemon=True)
 
     def __enter__(self):
-        if self.progress and self.stream.isatty():
-            self.bar = _bar(where(self.notebook)[1], self.stream)
+        if self.progress and sys.stderr.isatty():
+            self.bar = _bar(where(self.notebook)[1])
         self.thread.start()
         return self
 
@@ -175,19 +174,19 @@ class Watch:
             return
         self.shown = time_now
         said = f": {self.last}" if self.last else ""
-        print(f"[{time_now - self.start:6.1f} s] {text}{said}", file=self.stream, flush=True)
+        print(f"[{time_now - self.start:6.1f} s] {text}{said}", file=sys.stderr, flush=True)
 
 
 # %% ../../nbs/runs/execution.ipynb #e132a180
-def _bar(total, stream):
+def _bar(total):
     "A progress bar; some terminals say that they have no columns."
     from tqdm import tqdm
 
     size = dict(dynamic_ncols=True)
-    if not os.get_terminal_size(stream.fileno()).columns:
+    if not os.get_terminal_size(sys.stderr.fileno()).columns:
         size = dict(ncols=80, nrows=20)
     form = "{desc} |{bar:20}| {elapsed}{postfix}"
-    return tqdm(total=total, file=stream, bar_format=form, **size)
+    return tqdm(total=total, file=sys.stderr, bar_format=form, **size)
 
 
 # %% ../../nbs/runs/execution.ipynb #5d1a65ef

@@ -104,6 +104,10 @@ def open_encoder(source: Path) -> Any:
     from uniemo.queries import ExpertQueryModel
 
     inside = source / "encoder"
+    if not any((place / "config.json").is_file() for place in (source, inside)):
+        raise FileNotFoundError(
+            f"{source} holds no encoder, which the authors' files begin with; EmoGen's: --to emogen"
+        )
     return ExpertQueryModel.from_pretrained(inside if inside.is_dir() else source)
 
 

@@ -15,7 +15,9 @@ __all__ = [
 # %% ../../nbs/data/hub.ipynb #261a4adc
 import importlib
 import io
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,17 +81,40 @@ def is_arrow_folder(root: Path) -> bool:
     return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
+# %% ../../nbs/data/hub.ipynb #3f071b74
+@contextmanager
+def silent(library: ModuleType) -> Iterator[None]:
+    "While inside, the library and the hub say errors only; no bar where nobody watches it."
+    from huggingface_hub.utils import logging as of_hub
+
+    logs = (of_hub, library.utils.logging)
+    before = [log.get_verbosity() for log in logs]
+    bars = library.are_progress_bars_disabled()
+    for log in logs:
+        log.set_verbosity_error()
+    if not sys.stderr.isatty():
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for log, verbosity in zip(logs, before):
+            log.set_verbosity(verbosity)
+        if not bars:
+            library.enable_progress_bars()
+
+
 # %% ../../nbs/data/hub.ipynb #d5763b1d
 def open_parts(root: str | Path) -> dict:
     "Split -> data set of the library; one without splits is called None."
     library, path = import_datasets(), Path(root)
     try:
-        if on_hub(root):
-            opened = library.load_dataset(str(root).removeprefix(ON_HUB))
-        elif is_arrow_folder(path):
-            opened = library.load_from_disk(str(path))
-        else:
-            opened = library.load_dataset("parquet", data_files=parquet_shards(path))
+        with silent(library):
+            if on_hub(root):
+                opened = library.load_dataset(str(root).removeprefix(ON_HUB))
+            elif is_arrow_folder(path):
+                opened = library.load_from_disk(str(path))
+            else:
+                opened = library.load_dataset("parquet", data_files=parquet_shards(path))
     except Exception as problem:
         said = str(problem).strip().split("\n")[0][:200]
         remedy = "Give a folder of save_to_disk, Parquet shards, or hf:owner/name; is it complete?"

@@ -221,6 +221,7 @@ def to_emogen(source: Path, out: Path) -> list[str]:
     return written
 
 
+# %% ../../nbs/commands/convert.ipynb #ab0e6bf3
 def read_correlation(source: Path) -> Any:
     "The table of coefficients in a folder, of its own or of a retriever; None where there is none."
     from uniemo.correlation import AttributeRetriever, CorrelationTable

@@ -51,6 +51,15 @@ LIGHT = [
 ]
 
 
+def test_threads_of_a_command_leave_their_core_to_others(monkeypatch, capsys):
+    "On two cores at a load of eight a sketch took 2.5 s instead of 34."
+    for argv, told in ((["--version"], None), (None, "PASSIVE")):
+        monkeypatch.setattr(os, "environ", {})
+        monkeypatch.setattr(sys, "argv", ["uniemo", "--version"])
+        assert main(argv) == 0
+        assert os.environ.get("OMP_WAIT_POLICY") == told
+
+
 @pytest.mark.parametrize("code, most", LIGHT)
 def test_what_is_quick_imports_little(tmp_path, code, most):
     "Modules are counted, not seconds, which another program could take."

@@ -25,6 +25,7 @@ __all__ = [
 
 # %% ../../nbs/runs/cli.ipynb #cell-03
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -54,6 +55,7 @@ from uniemo.commands.terminal import (
     silent_libraries,
     working,
 )
+from .threads import thread_settings
 
 # %% ../../nbs/runs/cli.ipynb #cell-06
 PARAMETER = ("-p", "--parameter")
@@ -534,7 +536,10 @@ def main(
     argv: list[str] | None = None,  # None: of the process
 ) -> int:  # the exit code
     "The command `uniemo`."
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        # before torch is loaded: threads that wait leave their core to others
+        os.environ.update(thread_settings())
+        argv = sys.argv[1:]
     command = get_command(application)
     try:
         with warnings.catch_warnings():

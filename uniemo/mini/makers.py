@@ -254,6 +254,7 @@ def painted_words(
     return np.stack([np.asarray(image) for image in images])
 
 
+# %% ../../nbs/mini/makers.ipynb #2mak027b
 # arms of several claims are the same training
 @lru_cache(maxsize=8)
 def learned(
@@ -277,6 +278,7 @@ def learned(
     return seen_emotion(images, _asked_for(making), contest.world) | heard
 
 
+# %% ../../nbs/mini/makers.ipynb #2mak027c
 def written_prompts(
     contest: Contest,
     making: Making = MAKING,

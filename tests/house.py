@@ -344,10 +344,10 @@ def tell_names(site):
     """
     index = site / "search.json"
     entries = json.loads(index.read_text(encoding="utf-8"))
-    for entry in entries:
-        section = entry["section"] or ""
+    for found in entries:
+        section = found["section"] or ""
         if "_" in section and " " not in section:
-            entry["section"] = f"{section}, a name in the reference"
+            found["section"] = f"{section}, a name in the reference"
     index.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
 
 

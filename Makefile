@@ -55,10 +55,12 @@ style: env ## ruff: format and rules, over notebooks, package, tests
 test-kill: env ## twenty trainings killed at a random moment and resumed, each must end bit for bit as an unbroken one
 	UNIEMO_KILLS=20 python -m pytest tests/test_training.py -k random_moment
 
-lowest: ## the least versions that settings.ini allows, in .venv-lowest, and the light tests with them (with CUDA's libraries 3 GB)
+lowest: ## the least versions that settings.ini allows, in .venv-lowest, the light tests and a run with them (with CUDA's libraries 6 GB)
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e . pytest
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q $(LIGHT)
+	@# a run of a notebook, whose kernel must end
+	timeout 300 .venv-lowest/bin/uniemo run tests/fixtures/tiny.ipynb --runs-dir .venv-lowest/runs
 
 gpu: env ## one accelerator, some minutes: quickstart, full-size steps, equality, speeds (without one: a dry run)
 	python tests/gpu.py

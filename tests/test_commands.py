@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,19 @@ def test_understand_writes_csv_and_picture(photos, capsys):
     with Image.open("t.png") as picture:
         assert picture.width > 200
     assert capsys.readouterr().out == "", "results are in the files that were asked for"
+
+
+def test_the_encoder_of_a_run_understands(photos, capsys):
+    folder = photos / "run"
+    shutil.copytree(ASSETS / "uniemo" / "encoder", folder / "model")
+    assert command("understand", "photos", "--csv", "all.csv") == 0
+    assert command("understand", "photos", "--csv", "t.csv", "--model", folder) == 0
+    whole, alone = (pd.read_csv(name) for name in ("all.csv", "t.csv"))
+    assert list(whole.emotion) == list(alone.emotion) and whole.scene.notna().all()
+    assert alone.scene.isna().all() and alone.object.isna().all()
+    # what generates needs more
+    assert command("generate", "awe", "--model", folder) == 2
+    assert "holds no UniEmo pipeline" in capsys.readouterr().err
 
 
 def test_skip_lists_what_was_left_out(photos, capsys):

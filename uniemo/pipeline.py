@@ -8,6 +8,7 @@ __all__ = [
     "pil_images",
     "pil_image",
     "Reader",
+    "EncoderReader",
     "Stored",
     "Loaded",
     "check_same_emotions",
@@ -186,12 +187,13 @@ class Reader(DiffusionPipeline):
         self, read: Understanding, kind: str, outs: list[ExpertQueryOutput]
     ) -> None:
         "Each image's nearest name of a `kind`, and its similarity, into `read`."
-        names = self.retriever.config[f"{kind}_names"]
+        retriever = getattr(self, "retriever", None)
+        names = [] if retriever is None else retriever.config[f"{kind}_names"]
         if not names:
             return
         features = torch.cat([out[f"{kind}_features"] for out in outs])
         queries = getattr(self.encoder, f"{kind}_projection")(features).float()
-        targets = getattr(self.retriever, f"{kind}_features").to(queries)
+        targets = getattr(retriever, f"{kind}_features").to(queries)
         best = similarity(queries, targets).max(1)
         setattr(read, kind, [names[i] for i in best.indices.tolist()])
         read.similarities[kind] = best.values.cpu().numpy()
@@ -203,6 +205,15 @@ class Reader(DiffusionPipeline):
         shared = np.minimum(read.probabilities, weights)
         generated.confidence = [float(row.sum()) for row in shared]
         generated.predicted = read.emotion
+
+
+# %% ../nbs/11_pipeline.ipynb #enc-only2
+class EncoderReader(Reader):
+    "What an encoder alone understands: emotions and attention, no names."
+
+    def __init__(self, encoder: ExpertQueryModel):
+        super().__init__()
+        self.register_modules(encoder=encoder.eval())
 
 
 # %% ../nbs/11_pipeline.ipynb #6d917805

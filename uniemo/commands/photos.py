@@ -31,7 +31,7 @@ from uniemo.commands.terminal import (
     Model,
     Quiet,
     is_watched,
-    load_pipeline,
+    load_reader,
     print_table,
     shorten,
 )
@@ -180,7 +180,7 @@ def understand(
     paths = find_photos(photos)
     check_file(csv)
     check_file(plot, PICTURES)
-    pipe = load_pipeline(model, device, quiet)
+    pipe = load_reader(model, device, quiet)
     table, skipped = understand_photos(pipe, paths, skip, is_watched(quiet))
     write_rows(table, as_json, csv)
     if plot is not None:

@@ -19,6 +19,7 @@ __all__ = [
     "hub_answers",
     "refuse_unreachable",
     "load_pipeline",
+    "load_reader",
 ]
 
 # %% ../../nbs/commands/terminal.ipynb #e9e17925
@@ -225,3 +226,22 @@ def load_pipeline(
         pipe = open_trained(model).to(device)
     pipe.set_progress_bar_config(disable=not is_watched(quiet), dynamic_ncols=True, leave=False)
     return pipe
+
+
+# %% ../../nbs/commands/terminal.ipynb #load-reader
+def load_reader(
+    model: str = "mini",  # as `--model` names it
+    device: str | None = None,  # None: a GPU, if there is any
+    quiet: bool = False,
+) -> Any:  # a `Reader`
+    "What reads photographs: the pipeline that `--model` names, or the encoder of a run of stage 1."
+    from uniemo.files.pipelines import find_encoder
+
+    folder = find_encoder(model)
+    if folder is None:
+        return load_pipeline(model, device, quiet)
+    with working("loading the model", quiet), silent_libraries():
+        from uniemo.pipeline import EncoderReader
+        from uniemo.queries import ExpertQueryModel
+
+        return EncoderReader(ExpertQueryModel.from_pretrained(folder)).to(choose_device(device))

@@ -10,6 +10,7 @@ __all__ = [
     "KNOWN",
     "PLACED",
     "find_pipeline",
+    "find_encoder",
     "read_base",
     "base_place",
     "copy_lora",
@@ -74,6 +75,21 @@ def find_pipeline(
         names = ", ".join(str(path) for path in inside)
         raise FileNotFoundError(f"{folder} holds several UniEmo pipelines: give one of {names}")
     raise FileNotFoundError(f"{folder} holds no UniEmo pipeline: it has no {NOTE}. {what}")
+
+
+def find_encoder(
+    # what `find_pipeline` may be asked for
+    name: str | Path,
+) -> Path | None:
+    "The folder of an encoder where that is all there is, such as in a run of stage 1; else None."
+    folder = Path(name)
+    if (folder / NOTE).exists() or any(folder.glob(f"*/{NOTE}")):
+        return None
+    # such a run keeps it in a folder of its own
+    for place in (folder, folder / "model"):
+        if all((place / file).is_file() for file in ("config.json", "model.safetensors")):
+            return place
+    return None
 
 
 # %% ../../nbs/files/pipelines.ipynb #cd3baee3

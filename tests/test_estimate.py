@@ -237,10 +237,11 @@ found = {}
 for stage in sys.argv[1:]:
     table = estimate(config, (stage,), ("fp32",), device="cpu", num_images=1)
     found[stage] = float(table["fp32 GB"].iloc[-1])
+most = float(estimate("paper", ("joint",), ("fp32",))["fp32 GB"].iloc[-1])
 status = Path("/proc/self/status")
 # getrusage would also count what the process was forked from
 held = re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1] if status.exists() else 0
-print(json.dumps([found, int(held) / 1e6]))
+print(json.dumps([found, most, int(held) / 1e6]))
 """
 
 
@@ -253,10 +254,10 @@ def test_measured_within_a_fifth_and_no_memory_is_taken():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr
-    estimated, held = json.loads(out.stdout.splitlines()[-1])
+    estimated, most, held = json.loads(out.stdout.splitlines()[-1])
     assert estimated == pytest.approx(measured, rel=0.2)
     assert max(measured.values()) < 20
-    assert held < 1.5 < 5 < min(estimated.values())
+    assert most > 15 and held < 1.5
 
 
 def test_a_configuration_is_taken_as_it_is():

@@ -360,10 +360,10 @@ def test_quickstart(tmp_path, run_again):
     assert {"loss", "loss_cls", "loss_diff"} <= set(told), "its log tells of every training"
 
 
-def test_quickstart_on_photographs(tmp_path):
+def test_quickstart_on_photographs(tmp_path, run_again):
     table = photographs(tmp_path)
     params = dict(TINY, data=str(table), num_per_emotion=2, max_kept=2)
-    run = start("quickstart", params, tmp_path, progress=False)
+    run = start(run_again("quickstart"), params, tmp_path, progress=False)
     said = run.summary()
     assert {"stage1_accuracy", "stage2_accuracy", "own_accuracy", "kept"} <= set(said)
     assert not {"emo_a", "bayes"} & set(said)
@@ -388,9 +388,8 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
 
 @pytest.mark.long
 def test_evaluate(tmp_path):
-    # each way to images once: separate words are an arm of the feedback, another space is above
-    chosen = ["prompts, estimated table", "textual inversion, three tokens"]
-    chosen += ["UniEmo", "best of 2", "refined word, 1 steps"]
+    chosen = ["prompts, estimated table", "textual inversion, three tokens", "separate words"]
+    chosen += ["UniEmo", "space diagonal", "best of 2", "refined word, 1 steps"]
     seeds = dict(seeds=[0], implicit_seeds=[0])
     say = dict(best_of=2, refine_steps=1)
     few = dict(num_train=32, num_test=40, num_per_emotion=2)

@@ -187,13 +187,12 @@ class Reader(DiffusionPipeline):
         self, read: Understanding, kind: str, outs: list[ExpertQueryOutput]
     ) -> None:
         "Each image's nearest name of a `kind`, and its similarity, into `read`."
-        retriever = getattr(self, "retriever", None)
-        names = [] if retriever is None else retriever.config[f"{kind}_names"]
+        names = self.retriever.config[f"{kind}_names"] if self.retriever is not None else []
         if not names:
             return
         features = torch.cat([out[f"{kind}_features"] for out in outs])
         queries = getattr(self.encoder, f"{kind}_projection")(features).float()
-        targets = getattr(retriever, f"{kind}_features").to(queries)
+        targets = getattr(self.retriever, f"{kind}_features").to(queries)
         best = similarity(queries, targets).max(1)
         setattr(read, kind, [names[i] for i in best.indices.tolist()])
         read.similarities[kind] = best.values.cpu().numpy()
@@ -210,6 +209,8 @@ class Reader(DiffusionPipeline):
 # %% ../nbs/11_pipeline.ipynb #enc-only2
 class EncoderReader(Reader):
     "What an encoder alone understands: emotions and attention, no names."
+
+    retriever = None
 
     def __init__(self, encoder: ExpertQueryModel):
         super().__init__()

@@ -329,9 +329,8 @@ def page_of(
 # %% ../../nbs/explore/webpage.ipynb #1acdc3b7
 @torch.no_grad()
 def write_page(
-    pipe: UniEmoPipeline
-    | str
-    | Path,  # on the CPU, float32, with queries and a space; or 'mini', a folder
+    # on the CPU, float32, with queries and a space; or 'mini', a folder
+    pipe: UniEmoPipeline | str | Path,
     folder: str | Path,  # made where it is missing
     # what it shows -> picture to begin with; None: one of each emotion, painted by the pipeline
     samples: Mapping[str, Image.Image] | None = None,

@@ -29,11 +29,10 @@ import numpy as np
 import torch
 
 from ..data.splits import EmotionSplits
-from ..joint import JointConfig, train_joint
+from ..joint import JointConfig
 from .contenders import Contest
-from .diffusion import load_diffusion
+from .makers import taught_words
 from .specialists import asked_of, with_queries, without_test
-from .worlds import world_of
 from ..queries import ExpertQueryModel
 from uniemo.understanding import (
     UnderstandingStage,
@@ -131,14 +130,10 @@ def joined(
     **changes,  # of the configuration
 ) -> ExpertQueryModel:
     "Joint training with the world's own frozen diffusion model."
-    splits = without_test(contest)
-    if shuffled:
-        splits = with_other_images(splits, contest.seed)
+    splits = with_other_images(without_test(contest), contest.seed) if shuffled else None
     config = joining.config(contest, **changes)
     encoder = copy.deepcopy(beginning_of(contest, joining))
-    painter = load_diffusion(world=world_of(contest.world))
-    how = dict(text=contest.text, progress=False)
-    return train_joint(splits, config, encoder, painter, **how).parts["encoder"]
+    return taught_words(contest, config, encoder, splits).parts["encoder"]
 
 
 def continued(

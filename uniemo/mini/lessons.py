@@ -117,10 +117,8 @@ class Loop:
     def made(self) -> Path:
         "The folder of generated images."
         making, seed = self.lesson.making, self.contest.seed
-        steps, scale = making.num_inference_steps, making.guidance_scale
-        sampling = dict(num_inference_steps=steps, guidance_scale=scale, batch_size=50)
-        count = making.num_per_emotion
-        generate_candidates(self.pipeline, self.folder / "made", count, seed, **sampling)
+        where, count = self.folder / "made", making.num_per_emotion
+        generate_candidates(self.pipeline, where, count, seed, **making.sampling())
         return self.folder / "made"
 
     @cached_property

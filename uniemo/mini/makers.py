@@ -75,6 +75,11 @@ class Making:
         own = dict(seed=contest.seed, warm_start=self.warm_start, **steps)
         return JointConfig.preset("mini", **{**own, **changes})
 
+    def sampling(self) -> dict:
+        "How a pipeline paints."
+        steps, scale = self.num_inference_steps, self.guidance_scale
+        return dict(num_inference_steps=steps, guidance_scale=scale, batch_size=50)
+
 
 MAKING = Making()
 
@@ -100,12 +105,13 @@ def taught_words(
     contest: Contest,
     config: JointConfig,
     encoder: ExpertQueryModel,  # which is trained further; give a copy
+    splits: EmotionSplits | None = None,  # None: the contest's, without those of the test
     **mapper: bool,  # switches of `PseudoWordMapper`
 ) -> StageResult:
     "Stage 2 on a contest's images, with the world's own frozen diffusion model."
-    painter = _painter(contest.world)
+    splits = splits or without_test(contest)
     how = dict(text=contest.text, mapper=mapper, progress=False)
-    return train_joint(without_test(contest), config, encoder, painter, **how)
+    return train_joint(splits, config, encoder, _painter(contest.world), **how)
 
 
 def pipeline_of(
@@ -241,12 +247,7 @@ def painted_words(
 ) -> np.ndarray:  # uint8 [n, 64, 64, 3], emotion after emotion
     "Images of words that are drawn for each emotion."
     count = making.num_per_emotion
-    sampling = dict(
-        num_inference_steps=making.num_inference_steps,
-        guidance_scale=making.guidance_scale,
-        batch_size=min(count, 50),
-        judge=False,
-    )
+    sampling = dict(making.sampling(), judge=False)
     images = []
     for e, emotion in enumerate(MIKELS.names):
         made = pipe.generate(emotion, count, seed=contest.seed, start=e * count, **sampling)

@@ -69,13 +69,13 @@ def wait_for(condition, seconds=300):
 
 
 def spawn(folder, given, jobs):
-    "A sweep as a process of its own."
+    "A sweep as a process of its own; what it says is added to said.txt."
     import json
 
-    said = json.dumps([given, str(folder), jobs])
-    return subprocess.Popen(
-        [sys.executable, "-c", SWEEP, said], stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    asked = json.dumps([given, str(folder), jobs])
+    command = [sys.executable, "-c", SWEEP, asked]
+    with open(folder / "said.txt", "a") as said:
+        return subprocess.Popen(command, stderr=said, start_new_session=True)
 
 
 def assert_each_once(folder, given):
@@ -111,7 +111,7 @@ def test_two_sweeps_at_once_and_one_killed(tmp_path, given):
     both[0].kill()
     for process in both:
         process.wait(300)
-    assert both[1].returncode == 0
+    assert both[1].returncode == 0, (tmp_path / "said.txt").read_text()
     # what the killed one had started ends by itself, under its lock
     Sweep(tmp_path / "cell.ipynb", given, tmp_path)
     assert_each_once(tmp_path, given)

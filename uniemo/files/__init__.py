@@ -7,6 +7,7 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .disk import (
+        ABANDONED,
         ANEW,
         FETCH,
         FULL,
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
 
 _rooms = {
     "disk": [
+        "ABANDONED",
         "ANEW",
         "FETCH",
         "FULL",

@@ -8,6 +8,7 @@ __all__ = [
     "ANEW",
     "SIGNS",
     "FULL",
+    "ABANDONED",
     "FileError",
     "describe_file",
     "check_regular",
@@ -23,8 +24,11 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +140,25 @@ def disk_full(
     )
 
 
+# %% ../../nbs/files/disk.ipynb #3c1be70a
+ABANDONED = 3600  # seconds after which nobody writes on at a file
+
+
+def _neighbour(path):
+    "A file beside `path` that is ours alone; what a killed writer left is taken over in time."
+    part = path.with_name(f".{path.name}.tmp")
+    own = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        part.touch(exist_ok=False)
+        return part
+    except FileExistsError:
+        # gone by now, where another writer was faster
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.rename(own)
+    return own
+
+
 # %% ../../nbs/files/disk.ipynb #82b0241e
 def write_file(
     path: str | Path,  # the file's final place; its folder is made where it is missing
@@ -144,13 +167,14 @@ def write_file(
 ) -> None:
     "Write a file whole or not at all: a neighbour first, flushed to the disk, then renamed."
     path = Path(path)
-    part = path.with_name(f".{path.name}.tmp")
     if isinstance(content, str):
         content = content.encode()
     if isinstance(content, bytes):
         need = len(content)
+    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = _neighbour(path)
         if callable(content):
             content(part)
         else:
@@ -159,7 +183,8 @@ def write_file(
         os.replace(part, path)
         flush(path.parent)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        if part is not None:
+            part.unlink(missing_ok=True)
         if is_disk_full(error):
             raise disk_full(path, need) from error
         raise

@@ -231,6 +231,8 @@ from pathlib import Path
 from uniemo.joint import JointConfig
 from uniemo.runs.estimate import estimate
 
+# while nothing has run yet, processes may share the stages
+alike = sys.platform != "linux" or estimate("mini", workers=2).equals(estimate("mini"))
 changes = dict(epochs=None, steps=2, batch_size=1, mixed_precision="no", cpu=True)
 config = JointConfig.preset("paper", **changes)
 found = {}
@@ -241,7 +243,7 @@ most = float(estimate("paper", ("joint",), ("fp32",))["fp32 GB"].iloc[-1])
 status = Path("/proc/self/status")
 # getrusage would also count what the process was forked from
 held = re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1] if status.exists() else 0
-print(json.dumps([found, most, int(held) / 1e6]))
+print(json.dumps([alike, found, most, int(held) / 1e6]))
 """
 
 
@@ -254,7 +256,8 @@ def test_measured_within_a_fifth_and_no_memory_is_taken():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr
-    estimated, most, held = json.loads(out.stdout.splitlines()[-1])
+    alike, estimated, most, held = json.loads(out.stdout.splitlines()[-1])
+    assert alike
     assert estimated == pytest.approx(measured, rel=0.2)
     assert max(measured.values()) < 20
     assert most > 15 and held < 1.5

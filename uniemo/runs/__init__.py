@@ -7,6 +7,7 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .estimate import (
+        EFFORT,
         Job,
         MemoryTracker,
         PRECISIONS,
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
 
 _rooms = {
     "estimate": [
+        "EFFORT",
         "Job",
         "MemoryTracker",
         "PRECISIONS",

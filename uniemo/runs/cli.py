@@ -55,7 +55,7 @@ from uniemo.commands.terminal import (
     silent_libraries,
     working,
 )
-from .threads import thread_settings
+from .threads import thread_settings, usable_cores
 
 # %% ../../nbs/runs/cli.ipynb #cell-06
 PARAMETER = ("-p", "--parameter")
@@ -454,6 +454,13 @@ def _json_or_text(text):
         return text
 
 
+# %% ../../nbs/runs/cli.ipynb #2d97c6a0
+def _workers():
+    "How many processes may share an estimate: a program in which PyTorch runs is not forked."
+    fresh = sys.platform == "linux" and "torch" not in sys.modules
+    return usable_cores() if fresh else 1
+
+
 # %% ../../nbs/runs/cli.ipynb #9dd12b67
 @application.command(
     "estimate",
@@ -482,6 +489,7 @@ def estimate_memory(
     quiet: Quiet = False,
 ) -> None:
     "How much memory NAME, a preset (paper, mini) or an experiment, will take, before it does."
+    workers = _workers()
     with working("loading the libraries", quiet), collector_rests():
         from transformers.utils import logging
 
@@ -502,7 +510,8 @@ def estimate_memory(
     try:
         progress = is_watched(quiet)
         with collector_rests():
-            table = estimate(name, stages, device=device, progress=progress, **changes)
+            how = dict(device=device, progress=progress, workers=workers)
+            table = estimate(name, stages, **how, **changes)
     except TypeError as e:  # an unknown setting, or one of the wrong type
         raise ValueError(e) from None
     print_table(list(_rows_of(table)), ["stage", "part", *table.columns])

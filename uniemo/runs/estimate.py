@@ -7,6 +7,7 @@ __all__ = [
     "STAGES",
     "PRECISIONS",
     "PROGRAM",
+    "EFFORT",
     "MemoryTracker",
     "random_batch",
     "train_step",
@@ -19,8 +20,10 @@ __all__ = [
 # %% ../../nbs/runs/estimate.ipynb #47f1dfe1
 import dataclasses
 import functools
+import multiprocessing
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -451,6 +454,32 @@ def _preset_configs(name, stages, settings):
     return configs
 
 
+# %% ../../nbs/runs/estimate.ipynb #4b81d0e7
+# seconds that a stage takes, roughly
+EFFORT = dict(understanding=1, joint=2, generation=1)
+
+
+def _quiet_columns(*asked):
+    "The table of one stage, without a bar."
+    with tqdm(disable=True) as bar:
+        return _columns(*asked, bar)
+
+
+def _shared_columns(configs, job, precisions, bar, workers):
+    "The table of each stage, by processes that share the stages."
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        # what takes longest begins first
+        order = sorted(configs, key=EFFORT.get, reverse=True)
+        asked = {
+            stage: pool.submit(_quiet_columns, stage, configs[stage], job, precisions)
+            for stage in order
+        }
+        for _ in as_completed(asked.values()):
+            bar.update(len(precisions))
+    return {stage: asked[stage].result() for stage in configs}
+
+
 # %% ../../nbs/runs/estimate.ipynb #9c4f5c79
 def estimate(
     config: str | UnderstandingConfig | JointConfig = "paper",  # a preset's name, or settings
@@ -458,6 +487,7 @@ def estimate(
     precisions: Sequence[str] = tuple(PRECISIONS),
     device: str | None = None,  # 'cpu' or 'cuda'; None: as found
     progress: bool = False,  # a bar, a step for each stage and precision
+    workers: int = 1,  # processes that share the stages: of a fresh program on Linux alone
     **settings,  # fields of `Job`; of a preset its settings, (understanding|joint)_settings={...}
 ) -> pd.DataFrame:  # indexed by stage and part: parameters, and GB in each precision
     "Memory at the peak of one process."
@@ -470,13 +500,19 @@ def estimate(
     job = Job(**of_job, device=device)
     make = _preset_configs if isinstance(config, str) else _given_config
     configs = make(config, stages, settings)
-    tables = {}
     steps = len(configs) * len(precisions)
     shown = dict(total=steps, leave=False, disable=not progress, unit="step")
     with tqdm(desc="estimating", **shown) as bar:
-        for stage, own in configs.items():
-            name = f"{stage}, {_images(stage, own, job)} images"
-            tables[name] = _columns(stage, own, job, precisions, bar)
+        if min(workers, len(configs)) > 1:
+            columns = _shared_columns(configs, job, precisions, bar, workers)
+        else:
+            columns = {
+                stage: _columns(stage, own, job, precisions, bar) for stage, own in configs.items()
+            }
+    tables = {
+        f"{stage}, {_images(stage, configs[stage], job)} images": found
+        for stage, found in columns.items()
+    }
     table = pd.concat(tables, names=["stage", "part"])
     last = configs[tuple(configs)[-1]]
     about = dict(backbone=last.backbone, diffusion=job.diffusion_of(last))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         save_lora,
     )
     from .gathering import GrowingSpace, KINDS, SpaceSettings, check_settings, listed
-    from .inversion import InversionStage
+    from .inversion import InversionStage, learn_words
     from .latents import (
         LatentData,
         both_latents,
@@ -90,7 +90,7 @@ _rooms = {
         "save_lora",
     ],
     "gathering": ["GrowingSpace", "KINDS", "SpaceSettings", "check_settings", "listed"],
-    "inversion": ["InversionStage"],
+    "inversion": ["InversionStage", "learn_words"],
     "latents": [
         "LatentData",
         "both_latents",

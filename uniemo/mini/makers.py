@@ -19,6 +19,7 @@ __all__ = [
     "painted_words",
     "learned",
     "written_prompts",
+    "free_words",
 ]
 
 # %% ../../nbs/mini/makers.ipynb #2mak0004
@@ -34,13 +35,14 @@ from ..conditioning import caption, encode_prompts
 from ..data.names import normalize_name
 from ..data.splits import EmotionSplits
 from ..diffusion.any_family import pipeline_class
+from ..diffusion.inversion import learn_words
 from ..diffusion.latents import cache_latents
 from ..emotions import MIKELS
 from ..fusion import pseudo_words
 from ..joint import JointConfig, stage_for, train_joint
 from .clip import to_pixels
 from .contenders import Contest
-from .diffusion import few_steps, load_diffusion, sample, to_images
+from .diffusion import few_steps, load_diffusion, sample, sampler_of, to_images
 from .pretraining import strongest_clip
 from .sceptics import read_names
 from .specialists import with_queries, without_test
@@ -291,12 +293,50 @@ def written_prompts(
     return seen_emotion(images, label, contest.world)
 
 
+# %% ../../nbs/mini/makers.ipynb #2mak027d
+@torch.no_grad()
+def _painted_free(contest, stage, making):
+    "Images of an emotion's one word, uint8 [n, 64, 64, 3], emotion after emotion."
+    count = making.num_per_emotion
+    sampler = sampler_of(_painter(contest.world), few_steps()["solver"])
+    settings = making.sampling()
+    del settings["batch_size"]
+    empty = encode_prompts(stage.text_encoder, stage.tokenizer, "")
+    images = []
+    for e in range(len(MIKELS)):
+        first = (contest.seed * len(MIKELS) + e) * count
+        made = sampler(
+            prompt_embeds=stage.embeds(torch.full((count,), e)),
+            negative_prompt_embeds=empty.expand(count, -1, -1),
+            generator=[torch.Generator().manual_seed(first + k) for k in range(count)],
+            **settings,
+        )
+        images.append(made.images * 2 - 1)
+    return np.stack(to_images(torch.cat(images)))
+
+
+def free_words(
+    contest: Contest,
+    making: Making = MAKING,
+) -> dict[str, float]:
+    "Emo-A of one free word an emotion: the same images, as many steps as warm start and stage 2."
+    steps = making.warm_start + making.joint_steps
+    config = making.config(contest, steps=steps, eval_every=steps)
+    torch.manual_seed(contest.seed)
+    stage = learn_words(contest.splits, config, _painter(contest.world)).stage
+    return seen_emotion(_painted_free(contest, stage, making), _asked_for(making), contest.world)
+
+
 # %% ../../nbs/mini/makers.ipynb #2mak0028
 MAKERS: dict[str, Callable] = {
     "UniEmo": learned,
     "written prompts": written_prompts,
+    "inversion, same information and budget": free_words,
     "coefficient": learned,
     "coefficient 1": partial(learned, coefficient=False),
     "condition weight 0": partial(learned, weight=0.0),
+    "condition weight 0.001": learned,
+    "condition weight 0.01": partial(learned, weight=0.01),
     "condition weight 0.1": partial(learned, weight=0.1),
+    "condition weight 1": partial(learned, weight=1.0),
 }

@@ -52,8 +52,8 @@ from uniemo.diffusion.any_family import (
     open_trained,
     pipeline_class,
 )
-from ..diffusion.inversion import InversionStage
-from ..diffusion.latents import cache_latents, check_side, flip_together, open_diffusion
+from ..diffusion.inversion import learn_words
+from ..diffusion.latents import open_diffusion
 from ..emotions import MIKELS
 from ..feedback import generate_candidates, read_candidates, select, without_images
 from ..files.disk import write_file
@@ -72,9 +72,7 @@ from ..pipeline import UniEmoPipeline
 from ..queries import ExpertQueryModel
 from ..runs.parameters import Parameter, check_parameters
 from ..space import fit_space
-from ..train.batches import MemoryData
 from ..train.callbacks import RunLog
-from ..train.results import run_stage
 
 # %% ../../nbs/mini/stages.ipynb #d5eee489
 from uniemo.understanding import (
@@ -371,16 +369,8 @@ def inversion(
     torch.manual_seed(config.seed)
     splits = load_world(data, side=config.vae_size)
     pipe = open_diffusion(diffusion)
-    check_side(pipe, config.vae_size)
-    sets = {}
-    for name in ("train", "val"):
-        split = splits[name]
-        latents = cache_latents(pipe.vae, split["images"], config.vae_size)
-        sets[name] = {k: split[k] for k in ("pixel_values", "label")} | dict(latents=latents)
-    stage = InversionStage(len(splits.emotions), pipe, config, num_vectors=num_vectors)
-    train = MemoryData(sets["train"], flip_together)
-    run_stage(stage, config, train, sets, folder=folder, predict=("val",), progress=False)
-    learnt = set(sets["train"]["label"].tolist())
+    stage = learn_words(splits, config, pipe, num_vectors, folder).stage
+    learnt = set(splits["train"]["label"].tolist())
     jobs = [
         dict(
             emotion=emotion,

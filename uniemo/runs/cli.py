@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/cli.ipynb #cell-03
+import atexit
+import gc
 import json
 import os
 import sys
@@ -548,6 +550,8 @@ def main(
     if argv is None:
         # before torch is loaded: threads that wait leave their core to others
         os.environ.update(thread_settings())
+        # at its end a program does not look for cycles in all that it has loaded: some 3 s
+        atexit.register(gc.freeze)
         argv = sys.argv[1:]
     command = get_command(application)
     try:

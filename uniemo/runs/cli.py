@@ -543,6 +543,7 @@ def _tell_warning(message, *where, **how):
     print(f"uniemo: {message}", file=sys.stderr)
 
 
+# %% ../../nbs/runs/cli.ipynb #7be3f1d5
 def main(
     argv: list[str] | None = None,  # None: of the process
 ) -> int:  # the exit code

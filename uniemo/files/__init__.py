@@ -7,7 +7,6 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .disk import (
-        ABANDONED,
         ANEW,
         FETCH,
         FULL,
@@ -91,7 +90,6 @@ if TYPE_CHECKING:
 
 _rooms = {
     "disk": [
-        "ABANDONED",
         "ANEW",
         "FETCH",
         "FULL",

@@ -8,7 +8,6 @@ __all__ = [
     "ANEW",
     "SIGNS",
     "FULL",
-    "ABANDONED",
     "FileError",
     "describe_file",
     "check_regular",

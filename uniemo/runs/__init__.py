@@ -7,7 +7,6 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from .estimate import (
-        EFFORT,
         Job,
         MemoryTracker,
         PRECISIONS,
@@ -119,7 +118,6 @@ if TYPE_CHECKING:
 
 _rooms = {
     "estimate": [
-        "EFFORT",
         "Job",
         "MemoryTracker",
         "PRECISIONS",

@@ -7,7 +7,6 @@ __all__ = [
     "STAGES",
     "PRECISIONS",
     "PROGRAM",
-    "EFFORT",
     "MemoryTracker",
     "random_batch",
     "train_step",
@@ -455,10 +454,6 @@ def _preset_configs(name, stages, settings):
 
 
 # %% ../../nbs/runs/estimate.ipynb #4b81d0e7
-# seconds that a stage takes, roughly
-EFFORT = dict(understanding=1, joint=2, generation=1)
-
-
 def _quiet_columns(*asked):
     "The table of one stage, without a bar."
     with tqdm(disable=True) as bar:
@@ -468,9 +463,10 @@ def _quiet_columns(*asked):
 def _shared_columns(configs, job, precisions, bar, workers):
     "The table of each stage, by processes that share the stages."
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        # what takes longest begins first
-        order = sorted(configs, key=EFFORT.get, reverse=True)
+    # all of a pool's processes are forked at once, also those that would have nothing to do
+    with ProcessPoolExecutor(min(workers, len(configs)), mp_context=context) as pool:
+        # joint training takes longest: it begins first
+        order = sorted(configs, key=lambda stage: stage != "joint")
         asked = {
             stage: pool.submit(_quiet_columns, stage, configs[stage], job, precisions)
             for stage in order

@@ -88,7 +88,8 @@ def test_pretraining_of_an_autoencoder_and_both_denoisers(warm, tmp_path):
     autoencoder = run("pretrain_autoencoder", tmp_path, **first, **steps, **tiny)
     lines = (autoencoder.dir / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line).get("part") for line in lines} >= {"vae", "decoder"}
-    few = dict(steps=2, batch_size=4, eval_every=2, num_samples=4, num_prompts=4, mirror=True)
+    few = dict(steps=2, batch_size=4, eval_every=2, mirror=True)
+    few |= dict(num_samples=4, num_prompts=4, num_shown=4)
     for denoiser, model in dict(unet="UNet2D", transformer="SD3").items():
         given = dict(denoiser=denoiser, vae_folder=str(autoencoder.dir / "autoencoder"))
         made = run("pretrain_diffusion", tmp_path, **given, **few, **tiny)

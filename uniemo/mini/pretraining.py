@@ -72,9 +72,10 @@ class SampleSheets(Callback):
         run: Any,  # with `figure`
         guidance_scale: float = 4.0,
         world: World = FIRST_WORLD,  # whose names are asked for
+        num_images: int = 24,
     ):
         self.run, self.guidance_scale = run, guidance_scale
-        self.prompts = balanced_prompts(24, 1, world)[0]
+        self.prompts = balanced_prompts(num_images, 1, world)[0]
 
     def after_step(self, trainer: Any) -> None:
         "Paint with the averaged weights."

@@ -28,6 +28,7 @@ from .data.splits import EmotionSplits
 from .files.disk import write_file
 from uniemo.filtering import (
     CRITERIA,
+    NAMED,
     FilterThresholds,
     filter_candidates,
     fit_thresholds,
@@ -210,7 +211,7 @@ def select(
     _check_emotions(reader.classifier, splits.emotions.names)
     quality = settings.pop("quality", 95)
     named = any(splits.names.values())
-    skipped = [c for c in criteria if c == "clear" and not named]
+    skipped = [c for c in criteria if c in NAMED and not named]
     criteria = tuple(c for c in criteria if c not in skipped)
     # 1. what there is to see
     labels = [splits.emotions.index(e) for e in table.emotion]

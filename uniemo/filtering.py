@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = [
     "CRITERIA",
+    "STRICTER",
+    "NAMED",
     "REASONS",
+    "STRICTER_REASONS",
     "name_reader",
     "shown_names",
     "score_candidates",
@@ -48,6 +51,7 @@ from uniemo.measure.thresholds import (
     attribute_margin,
     check_evidence,
     fit_thresholds,  # noqa: F401
+    kind_margins,
     own_confidence,
 )
 
@@ -147,7 +151,10 @@ def score_candidates(
         )
     )
     # 2. clear
-    scores = pd.concat([scores, _attributes(candidates)], axis=1)
+    scores = pd.concat([scores, _attributes(candidates)], axis=1).assign(**kind_margins(candidates))
+    pairs, known = _shown_pairs(candidates), _shown_pairs(real)
+    if pairs and known:
+        scores["known_pair"] = [pair in set(known) for pair in pairs]
     # 3. in range
     distance, index = nearest(unit(candidates.features), unit(real.features))
     scores["range"] = _ranges(candidates, real, thresholds)
@@ -170,8 +177,25 @@ def _attributes(evidence):
     return pd.concat([pd.DataFrame(dict(attribute=best, margin=margin)), shown, made], axis=1)
 
 
+def _shown_pairs(evidence):
+    "The likeliest scene with the likeliest object, N pairs; None where a kind has no names."
+    if evidence.similarities is None:
+        return None
+    shown = shown_names(evidence)
+    return list(zip(shown.shown_scene, shown.shown_object)) if shown.shape[1] == 2 else None
+
+
 # %% ../nbs/12_filtering.ipynb #crit12
 CRITERIA = ("faithful", "clear", "in range", "diverse")
+# asked for by name, beside these
+STRICTER = ("sure", "clear scene", "clear object", "new pair")
+# the score that tells, of criteria that need names
+NAMED = {
+    "clear": "margin",
+    "clear scene": "scene_margin",
+    "clear object": "object_margin",
+    "new pair": "known_pair",
+}
 
 # %% ../nbs/12_filtering.ipynb #cell-32
 REASONS = {
@@ -183,6 +207,12 @@ REASONS = {
     "near-duplicate": "diverse",
     "attribute full": "diverse",
     "surplus": "diverse",
+}
+STRICTER_REASONS = {
+    "unsure": "sure",
+    "unclear scene": "clear scene",
+    "unclear object": "clear object",
+    "known pair": "new pair",
 }
 
 
@@ -205,6 +235,7 @@ def _failures(table, thresholds, criteria, real):
         outside = ~(ratio <= 1)
         yield "out of range", outside, lambda i: f"{ratio[i]:.2f} radii from the real images"
         yield "copy", ~(far > delta), lambda i: _copy_of(table, i, delta[i], real)
+    yield from _stricter_failures(table, thresholds, criteria, place)
 
 
 def _copy_of(table, i, delta, real):
@@ -213,6 +244,36 @@ def _copy_of(table, i, delta, real):
     if distance < SAME_IMAGE:
         return f"the image of real {of}"
     return f"{distance:.3f} from real {of}, more than {delta:.3f} needed"
+
+
+# %% ../nbs/12_filtering.ipynb #5c1f1201
+def _stricter_failures(table, thresholds, criteria, place):
+    "The same of the criteria that are asked for by name."
+    scores = {"sure": "confidence", **NAMED}
+    for reason, criterion in STRICTER_REASONS.items():
+        if criterion not in criteria:
+            continue
+        if criterion == "new pair":
+            yield reason, table.known_pair, lambda i: "real images show it"
+            continue
+        value, least = table[scores[criterion]], _least(thresholds, criterion)[place]
+        yield reason, ~(value >= least), _below(value, least)
+
+
+def _below(value, least):
+    "What is said of an image that does not reach its limit."
+    return lambda i: f"{value[i]:.3f}, at least {least[i]:.3f}"
+
+
+def _least(thresholds, criterion):
+    "The limits of a stricter criterion, one an emotion."
+    values = getattr(thresholds, NAMED.get(criterion, criterion))
+    if not values:
+        raise ValueError(
+            f"these thresholds know nothing of the criterion {criterion!r}: "
+            "fit them again, on images that were read with names"
+        )
+    return np.array(values)
 
 
 # %% ../nbs/12_filtering.ipynb #cell-34
@@ -256,14 +317,16 @@ class _Choice:
 # %% ../nbs/12_filtering.ipynb #13712808
 def _choice(table, max_kept, cap, criteria):
     "The `_Choice` that these settings mean, or a `ValueError`."
-    unknown = [c for c in criteria if c not in CRITERIA]
+    unknown = [c for c in criteria if c not in CRITERIA + STRICTER]
     if unknown:
-        raise ValueError(f"unknown criterion {unknown[0]!r}; known: {', '.join(CRITERIA)}")
+        known = ", ".join(CRITERIA + STRICTER)
+        raise ValueError(f"unknown criterion {unknown[0]!r}; known: {known}")
     if max_kept < 1 or (cap is not None and cap <= 0):
         raise ValueError(f"max_kept and cap must be positive, not {max_kept} and {cap}")
-    if "clear" in criteria and "margin" not in table:
+    blind = [c for c in criteria if c in NAMED and NAMED[c] not in table]
+    if blind:
         raise ValueError(
-            "candidates: similarities are missing, which the criterion 'clear' needs: "
+            f"candidates: similarities are missing, which the criterion {blind[0]!r} needs: "
             "read the images with names, or leave it out"
         )
     # scene and object, else the best attribute
@@ -340,7 +403,8 @@ def filter_summary(
 ) -> pd.DataFrame:
     "Of each emotion and of all: candidates, kept, and how many were dropped for each reason."
     counts = pd.crosstab(table.emotion, table.reason.fillna(""))
-    counts = counts.reindex(index=list(emotions), columns=["", *REASONS], fill_value=0)
+    reasons = [*REASONS, *(reason for reason in STRICTER_REASONS if reason in counts)]
+    counts = counts.reindex(index=list(emotions), columns=["", *reasons], fill_value=0)
     counts = counts.rename(columns={"": "kept"})
     counts.insert(0, "candidates", counts.sum(axis=1))
     counts.loc["all"] = counts.sum()
@@ -356,6 +420,10 @@ CAPTIONS = {
     "unclear": "margin {margin:.2f}",
     "out of range": "{range:.1f} radii",
     "copy": "at {real_distance:.2f}",
+    "unsure": "p = {confidence:.2f}",
+    "unclear scene": "margin {scene_margin:.2f}",
+    "unclear object": "margin {object_margin:.2f}",
+    "known pair": "{shown_scene},\n{shown_object}",
 }
 
 
@@ -369,7 +437,7 @@ def plot_filtered(
     import matplotlib.pyplot as plt
 
     table = table.assign(verdict=table.reason.fillna("").replace("", "kept"))
-    rows = [(v, table[table.verdict == v]) for v in ("kept", *REASONS)]
+    rows = [(v, table[table.verdict == v]) for v in ("kept", *REASONS, *STRICTER_REASONS)]
     rows = [(verdict, part.sort_values("rank")) for verdict, part in rows if len(part)]
     size = (1.05 * columns + 1.1, 1.3 * len(rows) + 0.4)
     fig, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)

@@ -154,11 +154,14 @@ if TYPE_CHECKING:
     )
     from .thresholds import (
         FilterThresholds,
+        MORE_LIMITS,
         SAME_IMAGE,
         attribute_margin,
         check_evidence,
         fit_thresholds,
+        kind_margins,
         own_confidence,
+        sure_confidence,
     )
     from .verdicts import (
         COLOURS,
@@ -348,11 +351,14 @@ _rooms = {
     ],
     "thresholds": [
         "FilterThresholds",
+        "MORE_LIMITS",
         "SAME_IMAGE",
         "attribute_margin",
         "check_evidence",
         "fit_thresholds",
+        "kind_margins",
         "own_confidence",
+        "sure_confidence",
     ],
     "verdicts": [
         "COLOURS",

@@ -6,9 +6,12 @@
 __all__ = [
     "SAME_IMAGE",
     "LIMITS",
+    "MORE_LIMITS",
     "FilterThresholds",
     "attribute_margin",
     "own_confidence",
+    "kind_margins",
+    "sure_confidence",
     "check_evidence",
     "fit_thresholds",
 ]
@@ -34,6 +37,8 @@ from .neighbours import nearest, unit
 # unit features closer than this are those of the same image
 SAME_IMAGE = 1e-4
 LIMITS = ("confidence", "margin", "copy_distance")
+# of criteria that are asked for by name; a file that was written before them has none
+MORE_LIMITS = ("sure", "scene_margin", "object_margin")
 
 
 # %% ../../nbs/measure/thresholds.ipynb #8fe60462
@@ -51,13 +56,18 @@ class FilterThresholds:
     copy_quantile: float = 0.01  # of the distance to the nearest real image
     k: int = 5  # neighbour that a real image's ball reaches
     min_images: int = 50  # fewer: the thresholds of all emotions together
+    sure: tuple = ()  # sigma: least confidence from which on `precision` are right
+    scene_margin: tuple = ()  # mu of the scenes' names; () without scenes
+    object_margin: tuple = ()  # mu of the objects' names; () without objects
+    precision: float = 0.9  # pi
 
     def __post_init__(self):
         object.__setattr__(self, "emotions", tuple(self.emotions))
-        for key in (*LIMITS, "images"):
+        for key in (*LIMITS, "images", *MORE_LIMITS):
             values = tuple(getattr(self, key))
             object.__setattr__(self, key, values)
-            if len(values) != len(self.emotions):
+            left_out = key in MORE_LIMITS and not values
+            if len(values) != len(self.emotions) and not left_out:
                 raise ValueError(
                     f"{key} has {len(values)} values for {len(self.emotions)} emotions"
                 )
@@ -69,7 +79,8 @@ class FilterThresholds:
 
     def to_pandas(self) -> pd.DataFrame:
         "One row an emotion."
-        columns = {key: getattr(self, key) for key in ("images", *LIMITS)}
+        there = ("images", *LIMITS, *(key for key in MORE_LIMITS if getattr(self, key)))
+        columns = {key: getattr(self, key) for key in there}
         return pd.DataFrame(columns, index=list(self.emotions))
 
     def save(self, path: str | Path) -> None:
@@ -106,7 +117,7 @@ def _fault(found, known):
                 return f"{field.name} missing"
             continue
         value = found[field.name]
-        several = field.name in ("emotions", "images", *LIMITS)
+        several = field.name in ("emotions", "images", *LIMITS, *MORE_LIMITS)
         values = value if isinstance(value, list) and several else [value]
         kind = str if field.name == "emotions" else None
         good = all(isinstance(v, str) if kind else _is_number(v) for v in values)
@@ -131,6 +142,31 @@ def own_confidence(
     "softmax(logits / T) of each image's own label, [N]."
     p = with_temperature(logits, temperature)
     return np.take_along_axis(p, np.asarray(labels)[:, None], 1)[:, 0]
+
+
+# %% ../../nbs/measure/thresholds.ipynb #5c1f0a01
+def kind_margins(evidence: Evidence) -> dict[str, np.ndarray]:  # `scene_margin`, `object_margin`
+    "The same margins [N] among the names of one kind, of each kind that has names."
+    found = {}
+    for kind in ("scene", "object"):
+        columns = [i for i, a in enumerate(evidence.attributes or []) if a[0] == kind]
+        if columns and evidence.similarities is not None:
+            own = evidence.similarities[:, columns]
+            found[f"{kind}_margin"] = attribute_margin(own).numpy()
+    return found
+
+
+# %% ../../nbs/measure/thresholds.ipynb #5c1f0a02
+def sure_confidence(
+    confidence: np.ndarray,  # [N] in an emotion
+    right: np.ndarray,  # bool [N], whether it is the image's own
+    precision: float = 0.9,
+) -> float:
+    "The least confidence from which on this share of the images is right; 1 where it never is."
+    order = np.argsort(-confidence, kind="stable")
+    shares = right[order].cumsum() / np.arange(1, len(order) + 1)
+    reached = np.flatnonzero(shares >= precision)
+    return float(confidence[order[reached[-1]]]) if len(reached) else 1.0
 
 
 # %% ../../nbs/measure/thresholds.ipynb #4bf3e565
@@ -168,6 +204,7 @@ def fit_thresholds(
     k: int = 5,  # neighbour that a real image's ball reaches
     copy_quantile: float = 0.01,  # of the distance to the nearest real image
     min_images: int = 50,  # fewer of an emotion: the thresholds of all together
+    precision: float = 0.9,  # share of the real images that are right where one is `sure`
 ) -> FilterThresholds:
     "What real images reach."
     check_evidence(validation, real, emotions)
@@ -181,12 +218,15 @@ def fit_thresholds(
     )
     if validation.similarities is not None:
         scores["margin"] = attribute_margin(validation.similarities).numpy(), quantile
+    scores |= {key: (values, quantile) for key, values in kind_margins(validation).items()}
     counts = np.bincount(labels, minlength=len(emotions))
-    limits = {key: [] for key in LIMITS}
+    limits = {key: [] for key in scores}
     for e, count in enumerate(counts):
         own = labels == e if count >= min_images else slice(None)
         for key, (values, q) in scores.items():
             limits[key].append(float(np.quantile(values[own], q)))
+    pooled = counts < min_images
+    limits["sure"] = _sure_of_each(validation.logits, labels, temperature, pooled, precision)
     return FilterThresholds(
         tuple(emotions),
         temperature,
@@ -196,7 +236,18 @@ def fit_thresholds(
         copy_quantile=copy_quantile,
         k=k,
         min_images=min_images,
+        precision=precision,
     )
+
+
+# %% ../../nbs/measure/thresholds.ipynb #5c1f0a04
+def _sure_of_each(logits, labels, temperature, pooled, precision):
+    "`sure_confidence` of each emotion; of the `pooled` ones that of all together."
+    p = with_temperature(logits, temperature)
+    right = labels[:, None] == np.arange(p.shape[1])
+    together = sure_confidence(p.ravel(), right.ravel(), precision)
+    each = zip(p.T, right.T, pooled)
+    return [together if few else sure_confidence(own, hit, precision) for own, hit, few in each]
 
 
 # %% ../../nbs/measure/thresholds.ipynb #654470c7

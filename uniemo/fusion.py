@@ -49,6 +49,8 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         use_alpha: bool = True,
         # True (ours): the parts are not added but stay words of their own, [B, k, token_size]
         separate: bool = False,
+        # True (ours): a part of small coefficient gives way to M(0) and is not made shorter
+        gate: bool = False,
         # widths of further text towers (SDXL: [1280]); 0: a tower that reads no word
         more_token_sizes: tuple = (),
     ):
@@ -115,9 +117,9 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         self.check_inputs(c, dict(scene=s, object=o), dict(scene=alpha_scene, object=alpha_object))
         parts = {"class": self.mapper(c)}
         if self.mapper_scene is not None:
-            parts["scene"] = self.weighted(self.mapper_scene(s), alpha_scene)
+            parts["scene"] = self.weighted("scene", s, alpha_scene)
         if self.mapper_object is not None:
-            parts["object"] = self.weighted(self.mapper_object(o), alpha_object)
+            parts["object"] = self.weighted("object", o, alpha_object)
         return parts
 
     def all_words(
@@ -144,21 +146,40 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
         features = {"class": c, "scene": s, "object": o}
         alphas = {"class": None, "scene": alpha_scene, "object": alpha_object}
         towers = [self.parts(c, s, o, alpha_scene, alpha_object)]
-        hidden = {k: network[:2](features[k]) for k, network in self.networks().items()}
         for heads in self.more_heads or ():
-            own = hidden if heads else {}
-            towers.append({k: self.weighted(heads[k](h), alphas[k]) for k, h in own.items()})
+            own = self.networks() if heads else ()
+            towers.append({k: self.weighted(k, features[k], alphas[k], heads) for k in own})
         return towers
 
     def joined(self, parts: list) -> torch.Tensor:
         "Summands [B, width] as one word [B, width], or as words of their own [B, k, width]."
         return torch.stack(parts, 1) if self.config.separate else sum(parts)
 
-    def weighted(self, part: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
-        "`part` [B, token_size] times its coefficient [B], where coefficients count."
+    def part(
+        self,
+        kind: str,
+        feature: torch.Tensor,
+        heads: nn.ModuleDict | None = None,
+    ) -> torch.Tensor:
+        "M(feature) [B, width] of a kind, for the first tower, or for a further one by its `heads`."
+        network = self.networks()[kind]
+        return network(feature) if heads is None else heads[kind](network[:2](feature))
+
+    def weighted(
+        self,
+        kind: str,
+        feature: torch.Tensor,
+        alpha: torch.Tensor | None,
+        heads: nn.ModuleDict | None = None,
+    ) -> torch.Tensor:
+        "The part [B, width] times its coefficient [B], where coefficients count."
+        part = self.part(kind, feature, heads)
         if alpha is None or not self.config.use_alpha:
             return part
-        return alpha.to(part.dtype)[:, None] * part
+        alpha = alpha.to(part.dtype)[:, None]
+        if not self.config.gate:
+            return alpha * part
+        return alpha * part + (1 - alpha) * self.part(kind, torch.zeros_like(feature[:1]), heads)
 
     def forward(
         self,

@@ -350,18 +350,32 @@ def build_retriever(
     splits: EmotionSplits,
     text: dict,  # features of the names by kind
     config: JointConfig,
+    table: CorrelationTable | None = None,  # of these names; None: counted in the annotations
 ) -> AttributeRetriever:
-    "A retriever whose coefficients are counted in the training annotations."
-    table = CorrelationTable.from_annotations(
-        splits.annotations("train"),
-        config.smoothing,
-        splits.emotions,
-        splits.names["scene"],
-        splits.names["object"],
-    )
+    "A retriever of the splits' names and their coefficients."
+    if table is None:
+        table = CorrelationTable.from_annotations(
+            splits.annotations("train"),
+            config.smoothing,
+            splits.emotions,
+            splits.names["scene"],
+            splits.names["object"],
+        )
+    else:
+        _check_names(table, splits)
     return AttributeRetriever(
         table, text.get("scene"), text.get("object"), config.retrieval, config.temperature
     )
+
+
+def _check_names(table, splits):
+    "Refuse a table whose rows are of other names than the data, or in another order."
+    for kind in ("scene", "object"):
+        if table.names(kind) != list(splits.names[kind] or ()):
+            raise ValueError(
+                f"the table's {kind} names are not those of the data, or not in their order: "
+                "count it with the same names"
+            )
 
 
 # %% ../nbs/09_joint.ipynb #3a9be211
@@ -375,6 +389,7 @@ def train_joint(  # noqa: PLR0913 - the one door of stage 2
     # name features by kind, or whose text tower makes them; None: the backbone's
     text: dict | TextTower | str | Path | None = None,
     mapper: dict | None = None,  # settings of `PseudoWordMapper`
+    table: CorrelationTable | None = None,  # of coefficients; None: counted in the annotations
     run: RunLog | None = None,  # a `Run` that is told of losses and metrics
     progress: bool = True,
 ) -> StageResult:  # its `parts`: encoder, mapper, retriever, diffusion
@@ -388,7 +403,7 @@ def train_joint(  # noqa: PLR0913 - the one door of stage 2
     diffusion = open_diffusion(diffusion)
     if not isinstance(text, dict):
         text = name_features(text or config.backbone, splits.names, config.template)
-    retriever = build_retriever(splits, text, config)
+    retriever = build_retriever(splits, text, config, table)
     width = encoder.config.backbone_config.hidden_size
     fuse = build_mapper(width, diffusion, **(mapper or {}))
     kind = stage_for(diffusion)

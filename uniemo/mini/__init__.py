@@ -162,6 +162,7 @@ if TYPE_CHECKING:
     from .judging import JudgeStage, augment, blur, judge_scores, spoiled
     from .knobs import judge_confidence, rank_correlations
     from .lessons import (
+        EACH_CLEAR,
         LESSON,
         LESSONS,
         LESSONS_OF,
@@ -169,19 +170,24 @@ if TYPE_CHECKING:
         Loop,
         as_they_come,
         at_random,
+        confident_ones,
         drawn_again,
         label_errors,
+        labelled_by_table,
         lesson_of,
         loop_of,
+        named_images,
         of_written_prompts,
         spread,
-        sure_ones,
+        strictly,
         taught,
     )
     from .makers import (
+        COEFFICIENTS,
         MAKERS,
         MAKING,
         Making,
+        as_published,
         beliefs,
         coefficient_movement,
         drawn_names,
@@ -193,7 +199,9 @@ if TYPE_CHECKING:
         pipeline_of,
         reader_of,
         seen_emotion,
+        shuffled_table,
         taught_words,
+        words_of,
         written_prompts,
     )
     from .painting import MANY_WIDTHS, Rendered, WIDTHS, paint, paint_all, render, sprites, twin
@@ -226,6 +234,7 @@ if TYPE_CHECKING:
     from .sceptics import (
         READERS,
         RULES,
+        counted_pairs,
         fitted_names,
         name_baselines,
         read_names,
@@ -488,6 +497,7 @@ _rooms = {
     "judging": ["JudgeStage", "augment", "blur", "judge_scores", "spoiled"],
     "knobs": ["judge_confidence", "rank_correlations"],
     "lessons": [
+        "EACH_CLEAR",
         "LESSON",
         "LESSONS",
         "LESSONS_OF",
@@ -495,19 +505,24 @@ _rooms = {
         "Loop",
         "as_they_come",
         "at_random",
+        "confident_ones",
         "drawn_again",
         "label_errors",
+        "labelled_by_table",
         "lesson_of",
         "loop_of",
+        "named_images",
         "of_written_prompts",
         "spread",
-        "sure_ones",
+        "strictly",
         "taught",
     ],
     "makers": [
+        "COEFFICIENTS",
         "MAKERS",
         "MAKING",
         "Making",
+        "as_published",
         "beliefs",
         "coefficient_movement",
         "drawn_names",
@@ -519,7 +534,9 @@ _rooms = {
         "pipeline_of",
         "reader_of",
         "seen_emotion",
+        "shuffled_table",
         "taught_words",
+        "words_of",
         "written_prompts",
     ],
     "painting": [
@@ -561,6 +578,7 @@ _rooms = {
     "sceptics": [
         "READERS",
         "RULES",
+        "counted_pairs",
         "fitted_names",
         "name_baselines",
         "read_names",

@@ -6,6 +6,7 @@
 __all__ = [
     "LESSON",
     "loop_of",
+    "EACH_CLEAR",
     "LESSONS_OF",
     "LESSONS",
     "Lesson",
@@ -15,7 +16,10 @@ __all__ = [
     "further_real",
     "as_they_come",
     "at_random",
-    "sure_ones",
+    "confident_ones",
+    "strictly",
+    "named_images",
+    "labelled_by_table",
     "of_written_prompts",
     "label_errors",
     "lesson_of",
@@ -35,6 +39,7 @@ import pandas as pd
 import torch
 
 from ..backbones import Backbone
+from ..data.attributes import KINDS
 from ..data.splits import EmotionSplits
 from ..emotions import MIKELS
 from ..feedback import candidate_table, generate_candidates, read_candidates, select
@@ -49,6 +54,7 @@ from uniemo.mini.makers import (
     pipeline_of,
     taught_words,
 )
+from .sceptics import counted_pairs, read_names
 from .specialists import without_test
 from .splits import paint_split
 from .stages import read_kept
@@ -118,7 +124,8 @@ class Loop:
         "The folder of generated images."
         making, seed = self.lesson.making, self.contest.seed
         where, count = self.folder / "made", making.num_per_emotion
-        generate_candidates(self.pipeline, where, count, seed, **making.sampling())
+        how = dict(making.sampling(), batch_size=50)
+        generate_candidates(self.pipeline, where, count, seed, **how)
         return self.folder / "made"
 
     @cached_property
@@ -131,7 +138,8 @@ class Loop:
         name: str,  # of the folder
         table: pd.DataFrame,  # of candidates
         criteria: tuple = CRITERIA,
-    ) -> Path:
+        needed: bool = True,  # whether it is an error to keep nothing; else None
+    ) -> Path | None:
         "The folder of what a filter keeps of candidates."
         model = self.first.model.eval()
         reader = name_reader(*self.contest.clip, self.splits.names, encoder_view(model), model)
@@ -141,7 +149,7 @@ class Loop:
             # counted by the arm
             warnings.filterwarnings("ignore", "no candidate kept|in range:")
             chosen = select(table, self.splits, reader, *how, quality=None)
-        if chosen.folder is None:
+        if chosen.folder is None and needed:
             raise ValueError(f"{name}: the filter keeps no candidate; give it more of them")
         return chosen.folder
 
@@ -198,27 +206,59 @@ def at_random(loop: Loop) -> Path:
     return loop.kept("random", pd.concat(parts, ignore_index=True), ())
 
 
-def sure_ones(loop: Loop) -> Path:
-    "What the encoder is sure of, without the other criteria."
-    return loop.kept("sure", loop.candidates, ("faithful",))
+def confident_ones(loop: Loop) -> Path:
+    "What the encoder takes for what was asked, without the other criteria."
+    return loop.kept("confident", loop.candidates, ("faithful",))
+
+
+# %% ../../nbs/mini/lessons.ipynb #1e55e201
+def strictly(
+    loop: Loop,
+    name: str,  # of the folder
+    *more: str,  # stricter criteria beside the four
+) -> Path | None:
+    "What the whole filter and stricter criteria keep; None where that is nothing."
+    return loop.kept(name, loop.candidates, CRITERIA + more, needed=False)
+
+
+# %% ../../nbs/mini/lessons.ipynb #1e55e204
+def named_images(
+    loop: Loop,
+    images: np.ndarray,  # uint8 [n, 64, 64, 3]
+    label: torch.Tensor,  # [n]
+    scene: torch.Tensor,  # [n]
+    thing: torch.Tensor,  # one object an image, [n]
+) -> dict[str, torch.Tensor]:
+    "Generated images as tensors that stage 1 reads."
+    return dict(
+        pixel_values=to_pixels(images),
+        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        label=label,
+        scene=scene,
+        objects=torch.eye(len(loop.splits.names["object"]), dtype=torch.bool)[thing],
+    )
+
+
+# %% ../../nbs/mini/lessons.ipynb #1e55e203
+def labelled_by_table(loop: Loop) -> dict[str, torch.Tensor]:
+    "What the whole filter keeps, with labels from its names."
+    images, _ = read_kept(loop.full)
+    seen = read_names(*loop.contest.clip, to_pixels(images))
+    label = counted_pairs(loop.splits).logits(seen).argmax(1)
+    names = (seen[kind].argmax(1) for kind in KINDS)
+    return named_images(loop, images, label, *names)
 
 
 # %% ../../nbs/mini/lessons.ipynb #dbccfbe5
 def of_written_prompts(loop: Loop) -> dict[str, torch.Tensor]:
     "Images of captions whose names are drawn as the training images share them by emotion."
-    contest, names = loop.contest, loop.splits.names
+    contest = loop.contest
     rng = np.random.default_rng([6, contest.seed])
     label = rng.permutation(np.resize(loop.counts.index, int(loop.counts.sum())))
     label, drawn = drawn_names(loop.splits, label, rng)
     images = painted_names(contest, drawn, 10**6 + contest.seed, loop.lesson.making)
-    objects = torch.eye(len(names["object"]), dtype=torch.bool)[drawn["object"]]
-    return dict(
-        pixel_values=to_pixels(images),
-        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        label=torch.from_numpy(label),
-        scene=torch.from_numpy(drawn["scene"]),
-        objects=objects,
-    )
+    names = (torch.from_numpy(drawn[kind]) for kind in KINDS)
+    return named_images(loop, images, torch.from_numpy(label), *names)
 
 
 # %% ../../nbs/mini/lessons.ipynb #74fa042a
@@ -240,14 +280,19 @@ def _errors_of(extra, world):
 
 
 # %% ../../nbs/mini/lessons.ipynb #25a3eaf4
+EACH_CLEAR = ("clear scene", "clear object")
 LESSONS_OF = {
     "full filter": lambda loop: loop.full,
     "placebo": drawn_again,
     "further real": further_real,
     "unfiltered": as_they_come,
     "random choice": at_random,
-    "confidence only": sure_ones,
+    "confidence only": confident_ones,
     "images of written prompts": of_written_prompts,
+    "full filter, sure": lambda loop: strictly(loop, "sure", "sure"),
+    "full filter, each kind clear": lambda loop: strictly(loop, "each", *EACH_CLEAR),
+    "full filter, new pairs": lambda loop: strictly(loop, "new", "new pair"),
+    "full filter, labels by the table": labelled_by_table,
 }
 
 
@@ -262,6 +307,9 @@ def lesson_of(
     if arm == "real only":
         return _told(contest, loop.first)
     extra = LESSONS_OF[arm](loop)
+    if extra is None:
+        # nothing joins
+        return _told(contest, loop.first, images=0)
     errors = _errors_of(extra, contest.world)
     more = {"images": len(errors), "label error": float(errors.mean())}
     return _told(contest, taught(contest, extra, lesson.ratio), **more)

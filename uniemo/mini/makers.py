@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "MAKING",
+    "COEFFICIENTS",
     "MAKERS",
     "Making",
     "reader_of",
@@ -17,7 +18,10 @@ __all__ = [
     "coefficient_movement",
     "gradient_share",
     "painted_words",
+    "shuffled_table",
+    "words_of",
     "learned",
+    "as_published",
     "written_prompts",
     "free_words",
 ]
@@ -32,6 +36,8 @@ import numpy as np
 import torch
 
 from ..conditioning import caption, encode_prompts
+from ..correlation import CorrelationTable
+from ..data.attributes import KINDS
 from ..data.names import normalize_name
 from ..data.splits import EmotionSplits
 from ..diffusion.any_family import pipeline_class
@@ -39,7 +45,7 @@ from ..diffusion.inversion import learn_words
 from ..diffusion.latents import cache_latents
 from ..emotions import MIKELS
 from ..fusion import pseudo_words
-from ..joint import JointConfig, stage_for, train_joint
+from ..joint import JointConfig, build_retriever, stage_for, train_joint
 from .clip import to_pixels
 from .contenders import Contest
 from .diffusion import few_steps, load_diffusion, sample, sampler_of, to_images
@@ -47,10 +53,12 @@ from .pretraining import strongest_clip
 from .sceptics import read_names
 from .specialists import with_queries, without_test
 from .stages import name_shares
+from .variants import RELEASED
 from .worlds import World, world_of
 from ..pipeline import UniEmoPipeline
 from ..queries import ExpertQueryModel
 from ..space import fit_space
+from ..train.config import check_choice
 from ..train.results import StageResult
 from ..understanding import network_inputs, plain_batches
 
@@ -80,7 +88,7 @@ class Making:
     def sampling(self) -> dict:
         "How a pipeline paints."
         steps, scale = self.num_inference_steps, self.guidance_scale
-        return dict(num_inference_steps=steps, guidance_scale=scale, batch_size=50)
+        return dict(num_inference_steps=steps, guidance_scale=scale)
 
 
 MAKING = Making()
@@ -108,21 +116,23 @@ def taught_words(
     config: JointConfig,
     encoder: ExpertQueryModel,  # which is trained further; give a copy
     splits: EmotionSplits | None = None,  # None: the contest's, without those of the test
+    table: CorrelationTable | None = None,  # of coefficients; None: counted in the annotations
     **mapper: bool,  # switches of `PseudoWordMapper`
 ) -> StageResult:
     "Stage 2 on a contest's images, with the world's own frozen diffusion model."
     splits = splits or without_test(contest)
-    how = dict(text=contest.text, mapper=mapper, progress=False)
+    how = dict(text=contest.text, mapper=mapper, table=table, progress=False)
     return train_joint(splits, config, encoder, _painter(contest.world), **how)
 
 
 def pipeline_of(
     parts: dict,  # of the result of stage 2
     train: dict[str, torch.Tensor],  # images that the space is fitted on
+    kind: str = "lowrank",  # of the space
 ) -> UniEmoPipeline:
     "A pipeline that draws words, and paints in four steps."
     pipe = pipeline_class(parts["diffusion"]).from_diffusion(**parts)
-    pipe.space = fit_space(plain_batches(train), pipe.encoder, emotions=MIKELS.names)
+    pipe.space = fit_space(plain_batches(train), pipe.encoder, MIKELS.names, kind)
     pipe.scheduler = few_steps()["solver"]
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -246,15 +256,56 @@ def painted_words(
     contest: Contest,
     pipe: UniEmoPipeline,
     making: Making = MAKING,
+    best_of: int = 1,  # candidates of an image, at as many calls of the denoiser in all
 ) -> np.ndarray:  # uint8 [n, 64, 64, 3], emotion after emotion
     "Images of words that are drawn for each emotion."
     count = making.num_per_emotion
-    sampling = dict(making.sampling(), judge=False)
+    sampling = making.sampling() | dict(batch_size=50, judge=best_of > 1, best_of=best_of)
+    sampling["num_inference_steps"] //= best_of
     images = []
     for e, emotion in enumerate(MIKELS.names):
         made = pipe.generate(emotion, count, seed=contest.seed, start=e * count, **sampling)
         images += made.images
     return np.stack([np.asarray(image) for image in images])
+
+
+# %% ../../nbs/mini/makers.ipynb #2mak27b1
+COEFFICIENTS = ("counted", "1", "shuffled")
+
+
+def shuffled_table(contest: Contest) -> CorrelationTable:
+    "The coefficients that are counted, each name's row given to another name of its kind."
+    splits, config = contest.splits, MAKING.config(contest)
+    counted = build_retriever(splits, contest.text, config).table
+    rng = np.random.default_rng([10, contest.seed])
+    rows = {}
+    for kind in KINDS:
+        names = counted.names(kind)
+        order = rng.permutation(len(names))
+        # each takes that of the next one in the order, so none keeps its own
+        place = np.argsort(order)
+        next_ones = order[(place + 1) % len(names)]
+        rows[kind] = dict(zip(names, counted.matrix(kind).numpy()[next_ones]))
+    return CorrelationTable(**rows, emotions=counted.emotions)
+
+
+# %% ../../nbs/mini/makers.ipynb #2mak27b3
+# the words of one training may be painted in more than one way
+@lru_cache(maxsize=1)
+def words_of(
+    contest: Contest,
+    making: Making = MAKING,
+    coefficient: str = "counted",  # one of COEFFICIENTS
+    weight: float = 1e-3,  # of both parts of the condition loss
+    gate: bool = False,  # of the mapper
+) -> StageResult:
+    "Stage 2 of an arm."
+    check_choice("coefficient", COEFFICIENTS, coefficient)
+    config = making.config(contest, condition_weights=(weight, weight))
+    table = shuffled_table(contest) if coefficient == "shuffled" else None
+    encoder = copy.deepcopy(reader_of(contest))
+    switches = dict(use_alpha=coefficient != "1", gate=gate)
+    return taught_words(contest, config, encoder, table=table, **switches)
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak027b
@@ -263,22 +314,33 @@ def painted_words(
 def learned(
     contest: Contest,
     making: Making = MAKING,
-    coefficient: bool = True,  # False: every coefficient counts as 1
-    weight: float = 1e-3,  # of both parts of the condition loss
+    best_of: int = 1,  # candidates of an image
+    **training,  # to `words_of`: `coefficient`, `weight`, `gate`
 ) -> dict[str, float]:
     "Emo-A of learned words, and how well coefficient and condition loss are heard."
-    config = making.config(contest, condition_weights=(weight, weight))
-    encoder = copy.deepcopy(reader_of(contest))
-    result = taught_words(contest, config, encoder, use_alpha=coefficient)
+    result = words_of(contest, making, **training)
     train = contest.splits["train"]
+    movement = coefficient_movement(result.parts, train, making.asked)
+    how = (result.trainer.config, contest.text, making.asked)
     heard = {
-        "movement of the text states": coefficient_movement(result.parts, train, making.asked),
-        "share of the gradient": gradient_share(
-            result.parts, train, config, contest.text, making.asked
-        ),
+        "movement of the text states": movement,
+        "share of the gradient": gradient_share(result.parts, train, *how),
     }
-    images = painted_words(contest, pipeline_of(result.parts, train), making)
+    images = painted_words(contest, pipeline_of(result.parts, train), making, best_of)
     return seen_emotion(images, _asked_for(making), contest.world) | heard
+
+
+# %% ../../nbs/mini/makers.ipynb #2mak27b4
+def as_published(
+    contest: Contest,
+    making: Making = MAKING,
+) -> dict[str, float]:
+    "Emo-A of the released recipe: its targets, retrieval, weights and space, and no warm start."
+    config = making.config(contest, **RELEASED)
+    result = taught_words(contest, config, copy.deepcopy(reader_of(contest)))
+    pipe = pipeline_of(result.parts, contest.splits["train"], "diagonal")
+    images = painted_words(contest, pipe, making)
+    return seen_emotion(images, _asked_for(making), contest.world)
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak027c
@@ -299,8 +361,6 @@ def _painted_free(contest, stage, making):
     "Images of an emotion's one word, uint8 [n, 64, 64, 3], emotion after emotion."
     count = making.num_per_emotion
     sampler = sampler_of(_painter(contest.world), few_steps()["solver"])
-    settings = making.sampling()
-    del settings["batch_size"]
     empty = encode_prompts(stage.text_encoder, stage.tokenizer, "")
     images = []
     for e in range(len(MIKELS)):
@@ -309,7 +369,7 @@ def _painted_free(contest, stage, making):
             prompt_embeds=stage.embeds(torch.full((count,), e)),
             negative_prompt_embeds=empty.expand(count, -1, -1),
             generator=[torch.Generator().manual_seed(first + k) for k in range(count)],
-            **settings,
+            **making.sampling(),
         )
         images.append(made.images * 2 - 1)
     return np.stack(to_images(torch.cat(images)))
@@ -330,10 +390,14 @@ def free_words(
 # %% ../../nbs/mini/makers.ipynb #2mak0028
 MAKERS: dict[str, Callable] = {
     "UniEmo": learned,
+    "best of n, equal cost": partial(learned, best_of=2),
+    "as published": as_published,
     "written prompts": written_prompts,
     "inversion, same information and budget": free_words,
     "coefficient": learned,
-    "coefficient 1": partial(learned, coefficient=False),
+    "coefficient 1": partial(learned, coefficient="1"),
+    "coefficient shuffled": partial(learned, coefficient="shuffled"),
+    "gate": partial(learned, gate=True),
     "condition weight 0": partial(learned, weight=0.0),
     "condition weight 0.001": learned,
     "condition weight 0.01": partial(learned, weight=0.01),

@@ -8,6 +8,7 @@ __all__ = [
     "RULES",
     "read_names",
     "written_names",
+    "counted_pairs",
     "name_baselines",
     "accuracies",
     "fitted_names",
@@ -66,6 +67,26 @@ READERS = ("zero-shot names", "true names")
 RULES = ("additive table", "pair table")
 
 
+# %% ../../nbs/mini/sceptics.ipynb #eec8d5e6
+def counted_pairs(
+    splits: EmotionSplits,  # of the painted world
+    smoothing: float = 1.0,  # images of an average emotion added to each count of a name
+    weight: float = 4.0,  # of the product, in images of a pair
+) -> PairTable:
+    "The table of pairs that the training images' names give; `singles` has those of one name."
+    names = splits.names
+    singles = CorrelationTable.from_annotations(
+        splits.annotations("train"),
+        smoothing,
+        splits.emotions.names,
+        names["scene"],
+        names["object"],
+    )
+    labels = splits.tensor("train", "label")
+    return PairTable.count(singles, written_names(splits, "train"), labels, weight)
+
+
+# %% ../../nbs/mini/sceptics.ipynb #eec8d5e7
 def name_baselines(
     splits: EmotionSplits,  # of the painted world
     clip: CLIPModel,
@@ -76,21 +97,12 @@ def name_baselines(
     seen: dict | None = None,  # shares of the test images' names; None: they are read
 ) -> dict[str, torch.Tensor]:  # "reader, rule" -> logits of the test images [N, E]
     "Logits of whoever reads names and counts: nothing is trained."
-    names = splits.names
-    singles = CorrelationTable.from_annotations(
-        splits.annotations("train"),
-        smoothing,
-        splits.emotions.names,
-        names["scene"],
-        names["object"],
-    )
-    labels = splits.tensor("train", "label")
-    pairs = PairTable.count(singles, written_names(splits, "train"), labels, weight)
+    pairs = counted_pairs(splits, smoothing, weight)
     if seen is None:
         seen = read_names(clip, tokenizer, splits.tensor("test", "pixel_values"))
     found = {}
     for reader, shares in zip(READERS, (seen, written_names(splits, "test"))):
-        found[f"{reader}, {RULES[0]}"] = additive_logits(shares, singles)
+        found[f"{reader}, {RULES[0]}"] = additive_logits(shares, pairs.singles)
         found[f"{reader}, {RULES[1]}"] = pairs.logits(shares)
     truth = [world.posterior(spec.scene, spec.objects) for spec in splits.specs["test"]]
     found["Bayes"] = torch.from_numpy(np.stack(truth)).clamp(min=1e-12).log().float()

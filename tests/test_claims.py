@@ -88,6 +88,20 @@ def test_the_projects_claims_report_on_other_seeds_than_those_that_chose():
     for claim in own.claims:
         assert len(claim.seeds) >= 20 and not set(claim.seeds) & set(own.tuning_seeds)
         assert claim.primary.arm in claim.arms and claim.primary.against in claim.arms
+        assert claim.arms[: len(claim.deciding_arms)] == claim.deciding_arms
+
+
+def test_every_arm_of_a_claim_is_written():
+    "What the file names can be made: no claim waits for an arm that nobody has."
+    from uniemo.mini.contenders import CONTENDERS
+    from uniemo.mini.joined import IMPLICIT
+    from uniemo.mini.lessons import LESSONS
+    from uniemo.mini.makers import MAKERS
+    from uniemo.mini.specialists import EXPERTS
+
+    written = CONTENDERS | EXPERTS | IMPLICIT | LESSONS | MAKERS
+    named = {arm for claim in read_claims(CLAIMS).claims for arm in claim.arms}
+    assert named <= set(written), named - set(written)
 
 
 # ---- the statistics, as statsmodels 0.15 gives them

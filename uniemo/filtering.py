@@ -187,8 +187,12 @@ def _shown_pairs(evidence):
 
 # %% ../nbs/12_filtering.ipynb #crit12
 CRITERIA = ("faithful", "clear", "in range", "diverse")
+
+# %% ../nbs/12_filtering.ipynb #5c1f1205
 # asked for by name, beside these
 STRICTER = ("sure", "clear scene", "clear object", "new pair")
+
+# %% ../nbs/12_filtering.ipynb #5c1f1206
 # the score that tells, of criteria that need names
 NAMED = {
     "clear": "margin",
@@ -208,6 +212,8 @@ REASONS = {
     "attribute full": "diverse",
     "surplus": "diverse",
 }
+
+# %% ../nbs/12_filtering.ipynb #5c1f1207
 STRICTER_REASONS = {
     "unsure": "sure",
     "unclear scene": "clear scene",
@@ -260,11 +266,13 @@ def _stricter_failures(table, thresholds, criteria, place):
         yield reason, ~(value >= least), _below(value, least)
 
 
+# %% ../nbs/12_filtering.ipynb #5c1f1212
 def _below(value, least):
     "What is said of an image that does not reach its limit."
     return lambda i: f"{value[i]:.3f}, at least {least[i]:.3f}"
 
 
+# %% ../nbs/12_filtering.ipynb #5c1f1213
 def _least(thresholds, criterion):
     "The limits of a stricter criterion, one an emotion."
     values = getattr(thresholds, NAMED.get(criterion, criterion))

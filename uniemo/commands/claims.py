@@ -38,6 +38,9 @@ def decide_claims(
     generate: Annotated[
         bool, typer.Option("--generate", help="also arms that train a generator")
     ] = False,
+    deciding: Annotated[
+        bool, typer.Option("--deciding", help="nothing but the arms and sizes that decide")
+    ] = False,
     own: Annotated[
         str | None, typer.Option(metavar="FILE.py:FUNCTION", help="a method of yours")
     ] = None,
@@ -55,6 +58,7 @@ def decide_claims(
     if run:
         given = dict(num_seeds=seeds, minutes=minutes, generate=generate)
         given |= dict(own=own) if own else {}
+        given |= dict(other_arms=False, other_sizes=False) if deciding else {}
         _make_missing(given, cells, quiet)
     shipped = published("claims")
     has_own = cells.exists()

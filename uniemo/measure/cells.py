@@ -27,20 +27,20 @@ def needed_cells(
     seeds: Sequence[int] | None = None,  # fewer, for a rehearsal; None: those of each claim
     other_sizes: bool = True,  # also sizes that decide nothing
     also: Sequence[str] = (),  # arms of your own, measured beside those of the first claim
+    other_arms: bool = True,  # also arms that decide nothing
 ) -> pd.DataFrame:
     "A row a cell, `arm`, `size`, `seed`: what decides first, and seed by seed."
     rows = []
     for claim in protocol.claims:
+        beside = list(also) if claim is protocol.claims[0] else []
+        first = claim.deciding_arms + beside
+        named = [*claim.arms, *beside] if other_arms else first
         sizes = [claim.primary.size, *(claim.other_sizes if other_sizes else ())]
-        beside = also if claim is protocol.claims[0] else ()
-        for arm in [*claim.arms, *beside]:
-            if arm in arms or arm in beside:
+        for arm in (arm for arm in named if arm in arms or arm in beside):
+            for place, size in enumerate(sizes):
+                turn = 0 if arm in first and place == 0 else place + 1
                 chosen = claim.seeds if seeds is None else seeds
-                rows += [
-                    dict(arm=arm, size=size, seed=seed, turn=turn)
-                    for turn, size in enumerate(sizes)
-                    for seed in chosen
-                ]
+                rows += [dict(arm=arm, size=size, seed=seed, turn=turn) for seed in chosen]
     cells = pd.DataFrame(rows, columns=["arm", "size", "seed", "turn"])
     cells = cells.sort_values(["turn", "seed"], kind="stable").drop(columns="turn")
     return cells.drop_duplicates(ignore_index=True)

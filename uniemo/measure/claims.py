@@ -145,11 +145,16 @@ class Claim(Record):
     other_sizes: list[int] = []
 
     @property
-    def arms(self) -> list[str]:
-        "All arms that the claim needs."
+    def deciding_arms(self) -> list[str]:
+        "Arms without which there is no verdict."
         parts = [p for p in (self.primary, self.positive_control, self.negative_control) if p]
         named = [arm for part in parts for arm in (part.arm, part.against) if arm]
-        return list(dict.fromkeys([*named, *self.other_arms]))
+        return list(dict.fromkeys(named))
+
+    @property
+    def arms(self) -> list[str]:
+        "All arms that the claim names, those that decide first."
+        return list(dict.fromkeys([*self.deciding_arms, *self.other_arms]))
 
     def size_of(self, part: Comparison) -> int | None:
         "Images of the training set at which a part is read."

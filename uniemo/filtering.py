@@ -8,7 +8,6 @@ __all__ = [
     "STRICTER",
     "NAMED",
     "REASONS",
-    "STRICTER_REASONS",
     "name_reader",
     "shown_names",
     "score_candidates",

@@ -153,7 +153,8 @@ def score_candidates(
     scores = pd.concat([scores, _attributes(candidates)], axis=1).assign(**kind_margins(candidates))
     pairs, known = _shown_pairs(candidates), _shown_pairs(real)
     if pairs and known:
-        scores["known_pair"] = [pair in set(known) for pair in pairs]
+        together = set(known)
+        scores["known_pair"] = [pair in together for pair in pairs]
     # 3. in range
     distance, index = nearest(unit(candidates.features), unit(real.features))
     scores["range"] = _ranges(candidates, real, thresholds)

@@ -136,6 +136,8 @@ class NamedRows(ModelMixin, ConfigMixin):
         scene_names: Sequence[str] | None = None,
         object_names: Sequence[str] | None = None,
         text_dim: int | None = None,
+        # coefficients of pairs [scenes, objects, E] (ours); True: room for those of a file
+        pairs: torch.Tensor | bool = False,
     ):
         super().__init__()
         if retrieval not in RETRIEVALS:
@@ -163,6 +165,8 @@ class NamedRows(ModelMixin, ConfigMixin):
             unit = F.normalize(features[kind].detach().float(), dim=1)
             self.register_buffer(f"{kind}_features", unit)
             self.register_buffer(f"{kind}_table", rows)
+        shape = (*(len(names[kind]) for kind in KINDS), len(emotions))
+        self.register_buffer("pair_table", _pair_rows(pairs, shape, retrieval))
         self.register_to_config(
             retrieval=retrieval,
             temperature=temperature,
@@ -170,6 +174,7 @@ class NamedRows(ModelMixin, ConfigMixin):
             scene_names=names["scene"],
             object_names=names["object"],
             text_dim=text_dim,
+            pairs=self.pair_table is not None,
         )
         both = {normalize_name(name) for name in names["object"]}
         only = [i for i, name in enumerate(names["scene"]) if normalize_name(name) not in both]
@@ -225,8 +230,25 @@ class NamedRows(ModelMixin, ConfigMixin):
         new = copy.deepcopy(self)
         for kind in KINDS:
             setattr(new, f"{kind}_table", getattr(self, f"{kind}_table")[:, order])
+        if self.pair_table is not None:
+            new.pair_table = self.pair_table[..., order]
         new.register_to_config(emotions=emotions)
         return new
+
+
+# %% ../nbs/06_correlation.ipynb #6a1e0001
+def _pair_rows(pairs, shape, retrieval):
+    "The buffer of pairs, or None; a `ValueError` where they do not fit names or retrieval."
+    if pairs is False:
+        return None
+    if retrieval != "projected":
+        raise ValueError(
+            f"pairs are found by retrieval='projected', one name of each kind, not {retrieval!r}"
+        )
+    rows = torch.zeros(shape) if pairs is True else pairs
+    if tuple(rows.shape) != shape:
+        raise ValueError(f"coefficients of pairs are {list(shape)}, not {list(rows.shape)}")
+    return rows.float()
 
 
 # %% ../nbs/06_correlation.ipynb #94cf95d3
@@ -249,6 +271,20 @@ class Retrieved(NamedTuple):
     object: torch.Tensor
 
 
+# %% ../nbs/06_correlation.ipynb #6a1e0002
+def coefficient_of(
+    row: torch.Tensor,  # [B, E]
+    emotion: torch.Tensor,  # long [B], or weights of a mixture, float [B, E]
+) -> torch.Tensor:
+    "What a row says of an emotion, or of a mixture, [B]."
+    emotion = emotion.to(row.device)
+    if not emotion.is_floating_point():
+        return row.gather(1, emotion[:, None])[:, 0]
+    if emotion.shape[1:] != row.shape[1:]:
+        raise ValueError(f"weights of a mixture are [B, {row.shape[1]}], not {list(emotion.shape)}")
+    return (row * emotion).sum(1)
+
+
 # %% ../nbs/06_correlation.ipynb #019f4e54
 class AttributeRetriever(NamedRows):
     "Coefficients of images by similarity."
@@ -267,14 +303,7 @@ class AttributeRetriever(NamedRows):
         row = table[found]
         if self.config.retrieval == "soft":
             row = (cos / self.config.temperature).softmax(1) @ table.to(cos.dtype)
-        emotion = emotion.to(row.device)
-        if not emotion.is_floating_point():
-            return row.gather(1, emotion[:, None])[:, 0], found
-        if emotion.shape[1:] != row.shape[1:]:
-            raise ValueError(
-                f"weights of a mixture are [B, {row.shape[1]}], not {list(emotion.shape)}"
-            )
-        return (row * emotion).sum(1), found
+        return coefficient_of(row, emotion), found
 
     def _check_queries(self, kind, queries, features):
         if not len(features):
@@ -300,6 +329,9 @@ class AttributeRetriever(NamedRows):
             if queries is not None:
                 found[i] = self.retrieve(kind, queries, emotion)
         alphas, positions = zip(*found)
+        if self.pair_table is not None and None not in positions:
+            # what both speak for together counts for each of them
+            alphas = (coefficient_of(self.pair_table[positions], emotion),) * 2
         return Retrieved(*alphas, *positions)
 
 

@@ -28,6 +28,7 @@ from .train.callbacks import RunLog
 # %% ../nbs/09_joint.ipynb #ed99a90e
 from .conditioning import encode_prompts
 from .correlation import RETRIEVALS, AttributeRetriever, CorrelationTable
+from .data.attributes import KINDS, read_annotations, shown_names
 from .data.shares import draw_rows, shared_work
 from .data.splits import EmotionSplits
 from .data.transforms import NetworkView
@@ -45,6 +46,8 @@ from .diffusion.noise import DenoisingPart
 from .diffusion.warm import warm_start
 from .fusion import PseudoWordMapper, pseudo_words
 from .losses import condition_loss, diffusion_loss, joint_loss, word_logits
+from .measure.name_rules import PairTable
+from .measure.prior import NameCounts
 from .queries import PARTS, ExpertQueryModel
 from .towers import family_of
 from .train.batches import MemoryData
@@ -76,6 +79,8 @@ class JointConfig(UnderstandingConfig):
     temperature: float = 0.03
     # of the table's counts (Laplace)
     smoothing: float = 1.0
+    # images that the product counts for in coefficients of pairs (ours); 0: of single names
+    pair_weight: float = 0.0
     # of L_U, L_cond, L_diff
     joint_weights: tuple = (0.5, 1.0, 1.0)
     # of cross-entropy and triplet; as released: (1e-3, 1e-6)
@@ -128,6 +133,10 @@ class JointConfig(UnderstandingConfig):
         check_choice("train_parts", PARTS, *self.train_parts)
         check_positive(self, "temperature", "vae_size")
         check_share(self, "word_dropout")
+        if self.pair_weight < 0:
+            raise ValueError(f"pair_weight is a number of images, not {self.pair_weight}")
+        if self.pair_weight and self.retrieval != "projected":
+            raise ValueError("pair_weight above 0 needs retrieval='projected': pairs are of names")
         if "<emotion>" not in self.prompt:
             raise ValueError(
                 "prompt has no place for the pseudo-word: write <emotion> where it should stand, "
@@ -363,14 +372,26 @@ def build_retriever(
         )
     else:
         _check_names(table, splits)
-    return AttributeRetriever(
-        table, text.get("scene"), text.get("object"), config.retrieval, config.temperature
-    )
+    features = (text.get(kind) for kind in KINDS)
+    how = (config.retrieval, config.temperature)
+    pairs = _count_pairs(splits, table, config.pair_weight) if config.pair_weight else False
+    return AttributeRetriever(table, *features, *how, pairs=pairs)
+
+
+def _count_pairs(splits, table, weight):
+    "Coefficients of pairs [S, O, E], backed off to the product of the table's."
+    missing = [kind for kind in KINDS if not table.names(kind)]
+    if missing:
+        raise ValueError(f"pair_weight above 0 needs names of both kinds; no {missing[0]} is named")
+    notes = read_annotations(splits.annotations("train"), splits.emotions.names, splits.names)
+    shown = [torch.from_numpy(shown_names(notes, kind)) for kind in KINDS]
+    counts = NameCounts.of(*shown, torch.from_numpy(notes.weights))
+    return PairTable(table, counts.pair, weight).rows
 
 
 def _check_names(table, splits):
     "Refuse a table whose rows are of other names than the data, or in another order."
-    for kind in ("scene", "object"):
+    for kind in KINDS:
         if table.names(kind) != list(splits.names[kind] or ()):
             raise ValueError(
                 f"the table's {kind} names are not those of the data, or not in their order: "

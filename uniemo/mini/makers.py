@@ -6,6 +6,7 @@
 __all__ = [
     "MAKING",
     "COEFFICIENTS",
+    "PAIR_WEIGHT",
     "MAKERS",
     "Making",
     "reader_of",
@@ -270,7 +271,9 @@ def painted_words(
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak27b1
-COEFFICIENTS = ("counted", "1", "shuffled")
+COEFFICIENTS = ("counted", "1", "shuffled", "pairs")
+# images that the product counts for in a coefficient of a pair
+PAIR_WEIGHT = 4.0
 
 
 def shuffled_table(contest: Contest) -> CorrelationTable:
@@ -301,7 +304,8 @@ def words_of(
 ) -> StageResult:
     "Stage 2 of an arm."
     check_choice("coefficient", COEFFICIENTS, coefficient)
-    config = making.config(contest, condition_weights=(weight, weight))
+    changes = dict(pair_weight=PAIR_WEIGHT) if coefficient == "pairs" else {}
+    config = making.config(contest, condition_weights=(weight, weight), **changes)
     table = shuffled_table(contest) if coefficient == "shuffled" else None
     encoder = copy.deepcopy(reader_of(contest))
     switches = dict(use_alpha=coefficient != "1", gate=gate)
@@ -397,6 +401,7 @@ MAKERS: dict[str, Callable] = {
     "coefficient": learned,
     "coefficient 1": partial(learned, coefficient="1"),
     "coefficient shuffled": partial(learned, coefficient="shuffled"),
+    "coefficient of pairs": partial(learned, coefficient="pairs"),
     "gate": partial(learned, gate=True),
     "condition weight 0": partial(learned, weight=0.0),
     "condition weight 0.001": learned,

@@ -318,9 +318,15 @@ def test_an_image_with_three_objects_is_one_image_of_its_scene():
 
 
 def test_joint_experiment(tmp_path):
+    "With coefficients of pairs and a gate, which the saved pipeline has too."
     params = dict(TINY, num_train=32, num_test=16, num_images=1)
+    params |= dict(joint_settings=dict(pair_weight=4.0), mapper=dict(separate=True, gate=True))
     run = start("joint", params, tmp_path, progress=False)
     assert {"stage1_accuracy", "stage2_val_loss_diff", "own_accuracy"} <= set(run.summary())
+    pipe = open_pipeline(next((run.dir / "stages").glob("joint-*")))
+    assert pipe.mapper.config.gate
+    rows = pipe.retriever.pair_table
+    assert rows.shape[-1] == 8 and torch.allclose(rows.sum(-1), torch.ones(()))
 
 
 def test_joint_experiment_in_the_paper_s_setting(tmp_path):

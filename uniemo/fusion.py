@@ -157,19 +157,26 @@ class PseudoWordMapper(ModelMixin, ConfigMixin):
 
     def part(
         self,
+        # "class", "scene" or "object"
         kind: str,
+        # of that kind [B, d]
         feature: torch.Tensor,
+        # of a further tower; None: the first
         heads: nn.ModuleDict | None = None,
     ) -> torch.Tensor:
-        "M(feature) [B, width] of a kind, for the first tower, or for a further one by its `heads`."
+        "M(feature) [B, width of the tower]."
         network = self.networks()[kind]
         return network(feature) if heads is None else heads[kind](network[:2](feature))
 
     def weighted(
         self,
+        # "scene" or "object"
         kind: str,
+        # of that kind [B, d]
         feature: torch.Tensor,
+        # coefficient [B]; None counts as 1
         alpha: torch.Tensor | None,
+        # of a further tower; None: the first
         heads: nn.ModuleDict | None = None,
     ) -> torch.Tensor:
         "The part [B, width] times its coefficient [B], where coefficients count."

@@ -395,7 +395,7 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
 @pytest.mark.long
 def test_evaluate(tmp_path):
     chosen = ["prompts, estimated table", "textual inversion, three tokens", "separate words"]
-    chosen += ["UniEmo", "best of 2", "refined word, 1 steps"]
+    chosen += ["UniEmo", "space diagonal", "best of 2", "refined word, 1 steps"]
     seeds = dict(seeds=[0], implicit_seeds=[0])
     say = dict(best_of=2, refine_steps=1)
     few = dict(num_train=32, num_test=40, num_per_emotion=2)

@@ -50,6 +50,7 @@ from uniemo.measure.thresholds import (
     attribute_margin,
     check_evidence,
     fit_thresholds,  # noqa: F401
+    kind_columns,
     kind_margins,
     own_confidence,
 )
@@ -77,7 +78,7 @@ def shown_names(evidence: Evidence) -> pd.DataFrame:
     "`shown_scene`, `shown_object` [N]: the likeliest name of each kind that was asked for."
     found = {}
     for kind in ("scene", "object"):
-        columns = [i for i, a in enumerate(evidence.attributes or []) if a[0] == kind]
+        columns = kind_columns(evidence, kind)
         if columns:
             own = np.array([evidence.attributes[i][1] for i in columns], object)
             found[f"shown_{kind}"] = own[evidence.similarities[:, columns].argmax(1).numpy()]

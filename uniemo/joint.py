@@ -28,7 +28,7 @@ from .train.callbacks import RunLog
 # %% ../nbs/09_joint.ipynb #ed99a90e
 from .conditioning import encode_prompts
 from .correlation import RETRIEVALS, AttributeRetriever, CorrelationTable
-from .data.attributes import KINDS, read_annotations, shown_names
+from .data.attributes import KINDS
 from .data.shares import draw_rows, shared_work
 from .data.splits import EmotionSplits
 from .data.transforms import NetworkView
@@ -60,6 +60,7 @@ from uniemo.understanding import (
     UnderstandingStage,
     encoder_view,
     name_features,
+    names_and_weights,
     network_inputs,
     plain_batches,
     with_view,
@@ -378,17 +379,17 @@ def build_retriever(
     return AttributeRetriever(table, *features, *how, pairs=pairs)
 
 
+# %% ../nbs/09_joint.ipynb #5be2eaf0
 def _count_pairs(splits, table, weight):
     "Coefficients of pairs [S, O, E], backed off to the product of the table's."
     missing = [kind for kind in KINDS if not table.names(kind)]
     if missing:
         raise ValueError(f"pair_weight above 0 needs names of both kinds; no {missing[0]} is named")
-    notes = read_annotations(splits.annotations("train"), splits.emotions.names, splits.names)
-    shown = [torch.from_numpy(shown_names(notes, kind)) for kind in KINDS]
-    counts = NameCounts.of(*shown, torch.from_numpy(notes.weights))
+    counts = NameCounts.of(*names_and_weights(splits))
     return PairTable(table, counts.pair, weight).rows
 
 
+# %% ../nbs/09_joint.ipynb #5be2eaf1
 def _check_names(table, splits):
     "Refuse a table whose rows are of other names than the data, or in another order."
     for kind in KINDS:

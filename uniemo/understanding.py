@@ -18,6 +18,7 @@ __all__ = [
     "ExtraImages",
     "refuse_known",
     "training_data",
+    "names_and_weights",
     "train_understanding",
     "save_flushed",
     "look",
@@ -552,6 +553,14 @@ def prepare_affect(model: ExpertQueryModel, splits: EmotionSplits, seed: int = 0
         model.affect_head.spread.copy_(torch.as_tensor(np.where(spread > 0, spread, 1.0)))
 
 
+# %% ../nbs/05_understanding.ipynb #d65e0b2c
+def names_and_weights(splits: EmotionSplits) -> list[torch.Tensor]:
+    "Of the training images: scenes and objects, multi-hot [N, names], and emotions [N, E]."
+    notes = read_annotations(splits.annotations("train"), splits.emotions.names, splits.names)
+    shown = [torch.from_numpy(shown_names(notes, kind)) for kind in ATTRIBUTE_KINDS]
+    return [*shown, torch.from_numpy(notes.weights)]
+
+
 # %% ../nbs/05_understanding.ipynb #d65e0b2b
 def prepare_prior(
     model: ExpertQueryModel,
@@ -568,12 +577,10 @@ def prepare_prior(
             f"prior needs names of both kinds, and the images have no {missing[0]} names: "
             "annotate them (uniemo annotate), or set prior='none'"
         )
-    notes = read_annotations(splits.annotations("train"), splits.emotions.names, splits.names)
-    shown = [torch.from_numpy(shown_names(notes, kind)) for kind in ATTRIBUTE_KINDS]
-    counts = NameCounts.of(*shown, torch.from_numpy(notes.weights))
-    model.add_prior(counts, text["scene"], text["object"], pairs)
+    *shown, weights = names_and_weights(splits)
+    model.add_prior(NameCounts.of(*shown, weights), text["scene"], text["object"], pairs)
     if model.config.read_out == "last":
-        _fit_prior(model, splits["train"], shown, torch.from_numpy(notes.weights))
+        _fit_prior(model, splits["train"], shown, weights)
 
 
 # %% ../nbs/05_understanding.ipynb #0f3fd5b1

@@ -10,6 +10,7 @@ __all__ = [
     "FilterThresholds",
     "attribute_margin",
     "own_confidence",
+    "kind_columns",
     "kind_margins",
     "sure_confidence",
     "check_evidence",
@@ -145,11 +146,19 @@ def own_confidence(
 
 
 # %% ../../nbs/measure/thresholds.ipynb #5c1f0a01
+def kind_columns(
+    evidence: Evidence,
+    kind: str,  # "scene" or "object"
+) -> list[int]:
+    "Where in `similarities` the names of a kind stand."
+    return [i for i, a in enumerate(evidence.attributes or []) if a[0] == kind]
+
+
 def kind_margins(evidence: Evidence) -> dict[str, np.ndarray]:  # `scene_margin`, `object_margin`
     "The same margins [N] among the names of one kind, of each kind that has names."
     found = {}
     for kind in ("scene", "object"):
-        columns = [i for i, a in enumerate(evidence.attributes or []) if a[0] == kind]
+        columns = kind_columns(evidence, kind)
         if columns and evidence.similarities is not None:
             own = evidence.similarities[:, columns]
             found[f"{kind}_margin"] = attribute_margin(own).numpy()

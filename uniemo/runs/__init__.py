@@ -114,7 +114,7 @@ if TYPE_CHECKING:
         published,
         show_metrics,
     )
-    from .threads import cgroup_quota, describe_threads, thread_settings, usable_cores, use_threads
+    from .threads import cgroup_quota, describe_threads, process_settings, usable_cores, use_threads
 
 _rooms = {
     "estimate": [
@@ -237,7 +237,7 @@ _rooms = {
     "threads": [
         "cgroup_quota",
         "describe_threads",
-        "thread_settings",
+        "process_settings",
         "usable_cores",
         "use_threads",
     ],

@@ -57,7 +57,7 @@ from uniemo.commands.terminal import (
     silent_libraries,
     working,
 )
-from .threads import thread_settings, usable_cores
+from .threads import process_settings, usable_cores
 
 # %% ../../nbs/runs/cli.ipynb #cell-06
 PARAMETER = ("-p", "--parameter")
@@ -550,7 +550,7 @@ def main(
     "The command `uniemo`."
     if argv is None:
         # before torch is loaded: threads that wait leave their core to others
-        os.environ.update(thread_settings())
+        os.environ.update(process_settings())
         # at its end a program does not look for cycles in all that it has loaded: some 3 s
         atexit.register(gc.freeze)
         argv = sys.argv[1:]

@@ -41,7 +41,7 @@ from uniemo.runs.parameters import (
     read_parameters,
 )
 from .tables import show_metrics
-from .threads import thread_settings
+from .threads import process_settings
 
 
 # %% ../../nbs/runs/execution.ipynb #f4c0ec5c
@@ -236,7 +236,7 @@ def _register_engine():
 
             managed.save = save
             _name_kernel(managed.nb)
-            kernel = _kernel_class({"UNIEMO_RUN_DIR": str(run.dir), **thread_settings()})
+            kernel = _kernel_class({"UNIEMO_RUN_DIR": str(run.dir), **process_settings()})
             with Watch(run, managed.nb, progress):
                 super().execute_managed_notebook(
                     managed, kernel_name, kernel_manager_class=kernel, **kwargs

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         world_read_by,
     )
     from .contenders import (
+        CHAIN,
         CONTENDERS,
         COUNTERS,
         Contest,
@@ -387,6 +388,7 @@ _rooms = {
         "world_read_by",
     ],
     "contenders": [
+        "CHAIN",
         "CONTENDERS",
         "COUNTERS",
         "Contest",

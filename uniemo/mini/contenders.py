@@ -11,6 +11,7 @@ __all__ = [
     "LR_NEW",
     "LR_LATE",
     "PLAIN",
+    "CHAIN",
     "LEARNERS",
     "COUNTERS",
     "CONTENDERS",
@@ -201,6 +202,8 @@ def trained(
 
 # %% ../../nbs/mini/contenders.ipynb #e2b8f23c
 PLAIN = dict(num_queries=0, named=False)
+# names are read at the last layer, and logits start from counted pairs
+CHAIN = dict(read_out="last", lr_queries=LR_LATE, prior="pairs")
 LEARNERS = {
     "plain": partial(trained, **PLAIN),
     "registers": partial(trained, named=False, alter=without_interaction),
@@ -209,7 +212,7 @@ LEARNERS = {
     "frozen head": partial(trained, train_parts=("heads",), **PLAIN),
     "prior in the head": partial(trained, prior="pairs"),
     "names at the end": partial(trained, read_out="last", lr_queries=LR_LATE),
-    "names at the end, prior": partial(trained, read_out="last", lr_queries=LR_LATE, prior="pairs"),
+    "names at the end, prior": partial(trained, **CHAIN),
 }
 
 

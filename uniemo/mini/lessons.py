@@ -45,7 +45,7 @@ from ..emotions import MIKELS
 from ..feedback import candidate_table, generate_candidates, read_candidates, select
 from ..filtering import CRITERIA, name_reader
 from .clip import to_pixels
-from .contenders import VIEW, Contest
+from .contenders import CHAIN, VIEW, Contest
 from uniemo.mini.makers import (
     Making,
     beliefs,
@@ -85,12 +85,13 @@ def taught(
     contest: Contest,
     extra: dict | Path | None = None,  # tensors or a folder of further images
     ratio: float = LESSON.ratio,  # their share of a batch
+    **changes,  # of the configuration
 ) -> StageResult:
     "Stage 1 with further images: an encoder, and what it says of the test images."
     backbone = Backbone(copy.deepcopy(contest.clip[0]), [0.5] * 3, [0.5] * 3)
     further = None if extra is None else ExtraImages(extra, ratio)
     how = dict(text=contest.text, extra=further, progress=False)
-    return train_understanding(contest.splits, contest.config(), backbone, **how)
+    return train_understanding(contest.splits, contest.config(**changes), backbone, **how)
 
 
 # %% ../../nbs/mini/lessons.ipynb #2f8976db
@@ -105,7 +106,7 @@ class Loop:
     @cached_property
     def first(self) -> StageResult:
         "Stage 1 on the real images alone."
-        return taught(self.contest)
+        return taught(self.contest, **CHAIN)
 
     @cached_property
     def splits(self) -> EmotionSplits:
@@ -116,8 +117,9 @@ class Loop:
     def pipeline(self) -> UniEmoPipeline:
         "Stage 2: words of the training images, and the emotion space they are drawn from."
         config = self.lesson.making.config(self.contest)
-        made = taught_words(self.contest, config, copy.deepcopy(self.first.model))
-        return pipeline_of(made.parts, self.splits["train"])
+        encoder = copy.deepcopy(self.first.model)
+        made = taught_words(self.contest, config, encoder, separate=True)
+        return pipeline_of(made.parts, self.splits["train"], self.lesson.making.space)
 
     @cached_property
     def made(self) -> Path:
@@ -251,7 +253,7 @@ def labelled_by_table(loop: Loop) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/mini/lessons.ipynb #dbccfbe5
 def of_written_prompts(loop: Loop) -> dict[str, torch.Tensor]:
-    "Images of captions whose names are drawn as the training images share them by emotion."
+    "Images of captions, each of the names of a training image of its emotion."
     contest = loop.contest
     rng = np.random.default_rng([6, contest.seed])
     label = rng.permutation(np.resize(loop.counts.index, int(loop.counts.sum())))
@@ -312,7 +314,7 @@ def lesson_of(
         return _told(contest, loop.first, images=0)
     errors = _errors_of(extra, contest.world)
     more = {"images": len(errors), "label error": float(errors.mean())}
-    return _told(contest, taught(contest, extra, lesson.ratio), **more)
+    return _told(contest, taught(contest, extra, lesson.ratio, **CHAIN), **more)
 
 
 # %% ../../nbs/mini/lessons.ipynb #arm-2

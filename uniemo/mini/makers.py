@@ -48,12 +48,11 @@ from ..emotions import MIKELS
 from ..fusion import pseudo_words
 from ..joint import JointConfig, build_retriever, stage_for, train_joint
 from .clip import to_pixels
-from .contenders import Contest
+from .contenders import CHAIN, Contest
 from .diffusion import few_steps, load_diffusion, sample, sampler_of, to_images
 from .pretraining import strongest_clip
 from .sceptics import read_names
 from .specialists import with_queries, without_test
-from .stages import name_shares
 from .variants import RELEASED
 from .worlds import World, world_of
 from ..pipeline import UniEmoPipeline
@@ -79,6 +78,8 @@ class Making:
     guidance_scale: float = 2.5
     # training images whose text states and gradients are looked at
     asked: int = 64
+    # of words: "bank" draws what the training images of an emotion are, one by one
+    space: str = "bank"
 
     def config(self, contest: Contest, **changes) -> JointConfig:
         "Stage 2 of a contest."
@@ -108,7 +109,7 @@ def reader_of(contest: Contest) -> ExpertQueryModel:
     "The encoder after stage 1. Copy what you train."
     width = _painter(contest.world).text_encoder.config.hidden_size
     # what it says of test images is not asked for
-    return with_queries(contest, contest.num_val, head_width=width).model
+    return with_queries(contest, contest.num_val, head_width=width, **CHAIN).model
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak0012
@@ -129,7 +130,7 @@ def taught_words(
 def pipeline_of(
     parts: dict,  # of the result of stage 2
     train: dict[str, torch.Tensor],  # images that the space is fitted on
-    kind: str = "lowrank",  # of the space
+    kind: str = MAKING.space,  # of the space
 ) -> UniEmoPipeline:
     "A pipeline that draws words, and paints in four steps."
     pipe = pipeline_class(parts["diffusion"]).from_diffusion(**parts)
@@ -145,14 +146,14 @@ def drawn_names(
     label: np.ndarray,  # emotions [n]; others are drawn for those without a name
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # emotions [n]; kind -> names [n]
-    "A scene and an object for each label, as the training images share them."
-    shares = {kind: np.nan_to_num(name_shares(splits, kind)) for kind in splits.names}
-    known = [e for e in np.unique(label) if all(s[:, e].sum() for s in shares.values())]
+    "A scene and an object for each label: those of a training image of that emotion."
+    train = {name: splits.tensor("train", name).numpy() for name in ("label", "scene", "objects")}
+    named = (train["scene"] >= 0) & train["objects"].any(1)
+    known = np.unique(train["label"][named])
     label = np.where(np.isin(label, known), label, np.resize(known, len(label)))
-    drawn = {
-        kind: np.array([rng.choice(len(s), p=s[:, e] / s[:, e].sum()) for e in label])
-        for kind, s in shares.items()
-    }
+    rows = [rng.choice(np.flatnonzero(named & (train["label"] == e))) for e in label]
+    things = [rng.choice(np.flatnonzero(train["objects"][row])) for row in rows]
+    drawn = dict(scene=train["scene"][rows], object=np.array(things))
     return label, drawn
 
 
@@ -300,7 +301,7 @@ def words_of(
     making: Making = MAKING,
     coefficient: str = "counted",  # one of COEFFICIENTS
     weight: float = 1e-3,  # of both parts of the condition loss
-    gate: bool = False,  # of the mapper
+    **switches: bool,  # of the mapper: `gate`, `separate`
 ) -> StageResult:
     "Stage 2 of an arm."
     check_choice("coefficient", COEFFICIENTS, coefficient)
@@ -308,7 +309,7 @@ def words_of(
     config = making.config(contest, condition_weights=(weight, weight), **changes)
     table = shuffled_table(contest) if coefficient == "shuffled" else None
     encoder = copy.deepcopy(reader_of(contest))
-    switches = dict(use_alpha=coefficient != "1", gate=gate)
+    switches |= dict(use_alpha=coefficient != "1")
     return taught_words(contest, config, encoder, table=table, **switches)
 
 
@@ -319,7 +320,7 @@ def learned(
     contest: Contest,
     making: Making = MAKING,
     best_of: int = 1,  # candidates of an image
-    **training,  # to `words_of`: `coefficient`, `weight`, `gate`
+    **training,  # to `words_of`: `coefficient`, `weight`, `gate`, `separate`
 ) -> dict[str, float]:
     "Emo-A of learned words, and how well coefficient and condition loss are heard."
     result = words_of(contest, making, **training)
@@ -330,7 +331,8 @@ def learned(
         "movement of the text states": movement,
         "share of the gradient": gradient_share(result.parts, train, *how),
     }
-    images = painted_words(contest, pipeline_of(result.parts, train), making, best_of)
+    pipe = pipeline_of(result.parts, train, making.space)
+    images = painted_words(contest, pipe, making, best_of)
     return seen_emotion(images, _asked_for(making), contest.world) | heard
 
 
@@ -393,8 +395,9 @@ def free_words(
 
 # %% ../../nbs/mini/makers.ipynb #2mak0028
 MAKERS: dict[str, Callable] = {
-    "UniEmo": learned,
-    "best of n, equal cost": partial(learned, best_of=2),
+    "UniEmo": partial(learned, separate=True),
+    "best of n, equal cost": partial(learned, separate=True, best_of=2),
+    "one word": learned,
     "as published": as_published,
     "written prompts": written_prompts,
     "inversion, same information and budget": free_words,

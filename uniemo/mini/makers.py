@@ -104,12 +104,16 @@ def _painter(version):
 
 
 # made once for all arms of a contest
-@lru_cache(maxsize=1)
-def reader_of(contest: Contest) -> ExpertQueryModel:
+@lru_cache(maxsize=2)
+def reader_of(
+    contest: Contest,
+    published: bool = False,  # names after each third, and no prior
+) -> ExpertQueryModel:
     "The encoder after stage 1. Copy what you train."
     width = _painter(contest.world).text_encoder.config.hidden_size
+    changes = dict(head_width=width) | ({} if published else CHAIN)
     # what it says of test images is not asked for
-    return with_queries(contest, contest.num_val, head_width=width, **CHAIN).model
+    return with_queries(contest, contest.num_val, **changes).model
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak0012
@@ -341,9 +345,11 @@ def as_published(
     contest: Contest,
     making: Making = MAKING,
 ) -> dict[str, float]:
-    "Emo-A of the released recipe: its targets, retrieval, weights and space, and no warm start."
+    """Emo-A of the released recipe: its names, targets, retrieval, weights and space, no prior and
+    no warm start."""
     config = making.config(contest, **RELEASED)
-    result = taught_words(contest, config, copy.deepcopy(reader_of(contest)))
+    encoder = copy.deepcopy(reader_of(contest, published=True))
+    result = taught_words(contest, config, encoder)
     pipe = pipeline_of(result.parts, contest.splits["train"], "diagonal")
     images = painted_words(contest, pipe, making)
     return seen_emotion(images, _asked_for(making), contest.world)

@@ -85,13 +85,12 @@ def taught(
     contest: Contest,
     extra: dict | Path | None = None,  # tensors or a folder of further images
     ratio: float = LESSON.ratio,  # their share of a batch
-    **changes,  # of the configuration
 ) -> StageResult:
     "Stage 1 with further images: an encoder, and what it says of the test images."
     backbone = Backbone(copy.deepcopy(contest.clip[0]), [0.5] * 3, [0.5] * 3)
     further = None if extra is None else ExtraImages(extra, ratio)
     how = dict(text=contest.text, extra=further, progress=False)
-    return train_understanding(contest.splits, contest.config(**changes), backbone, **how)
+    return train_understanding(contest.splits, contest.config(**CHAIN), backbone, **how)
 
 
 # %% ../../nbs/mini/lessons.ipynb #2f8976db
@@ -106,7 +105,7 @@ class Loop:
     @cached_property
     def first(self) -> StageResult:
         "Stage 1 on the real images alone."
-        return taught(self.contest, **CHAIN)
+        return taught(self.contest)
 
     @cached_property
     def splits(self) -> EmotionSplits:
@@ -314,7 +313,7 @@ def lesson_of(
         return _told(contest, loop.first, images=0)
     errors = _errors_of(extra, contest.world)
     more = {"images": len(errors), "label error": float(errors.mean())}
-    return _told(contest, taught(contest, extra, lesson.ratio, **CHAIN), **more)
+    return _told(contest, taught(contest, extra, lesson.ratio), **more)
 
 
 # %% ../../nbs/mini/lessons.ipynb #arm-2

@@ -232,7 +232,8 @@ from uniemo.joint import JointConfig
 from uniemo.runs.estimate import estimate
 
 # while nothing has run yet, processes may share the stages
-alike = sys.platform != "linux" or estimate("mini", workers=2).equals(estimate("mini"))
+two, one = (estimate("mini", precisions=("fp32",), workers=workers) for workers in (2, 1))
+alike = sys.platform != "linux" or one.equals(two)
 changes = dict(epochs=None, steps=2, batch_size=1, mixed_precision="no", cpu=True)
 config = JointConfig.preset("paper", **changes)
 found = {}

@@ -84,7 +84,7 @@ def test_seeds():
 
 def test_the_projects_claims_report_on_other_seeds_than_those_that_chose():
     own = read_claims(CLAIMS)
-    assert own.status == "running" and own.world == "2.0" and len(own.claims) == 10
+    assert own.status == "running" and own.world == "2.0" and len(own.claims) == 11
     for claim in own.claims:
         assert len(claim.seeds) >= 20 and not set(claim.seeds) & set(own.tuning_seeds)
         assert claim.primary.arm in claim.arms and claim.primary.against in claim.arms

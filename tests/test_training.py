@@ -643,6 +643,37 @@ def test_stage_1_on_disk_and_in_memory(tmp_path):
         train_understanding(on_disk, short(), "mini", extra=again, progress=False)
 
 
+def test_one_query_an_object_in_both_stages(tmp_path):
+    "Queries that part, passes that add up, and an encoder that stage 2 and a folder take as any."
+    world = paint_splits(num_train=24, num_val=16, num_test=16)
+    chain = dict(read_out="last", prior="pairs", object_slots=True)
+    runs = [
+        train_understanding(world, short(**chain, **more), "mini", progress=False)
+        for more in ({}, dict(micro_batch=4))
+    ]
+    histories = [values(run.trainer.history, "loss_object") for run in runs]
+    torch.testing.assert_close(*histories, atol=1e-5, rtol=0)
+    encoder = runs[0].model
+    out = encoder(world["test"]["pixel_values"])
+    assert out.object_slots.shape == (16, 2, 128)
+    apart = torch.cosine_similarity(*out.object_slots.unbind(1), dim=-1)
+    assert apart.max() < 0.99
+    steps = dict(steps=2, batch_size=8, warm_start=2, cpu=True)
+    config = JointConfig.preset("mini", **steps)
+    joint = train_joint(world, config, encoder, progress=False)
+    assert torch.isfinite(values(joint.trainer.history, "loss_object")).all()
+    encoder.save_pretrained(tmp_path)
+    again = ExpertQueryModel.from_pretrained(tmp_path).eval()
+    pixels = world["test"]["pixel_values"]
+    assert torch.equal(again(pixels).object_features, encoder.eval()(pixels).object_features)
+
+
+@pytest.mark.parametrize("changes", [dict(read_out="thirds"), dict(targets="identity")])
+def test_one_query_an_object_needs_names_at_the_end(changes):
+    with pytest.raises(ValueError, match="read_out='last' and targets='vocabulary'"):
+        short(**{**dict(read_out="last", object_slots=True), **changes})
+
+
 def test_further_images_that_cannot_join_are_refused(tmp_path):
     "A folder with images of another split, and one with an emotion that is none of the data."
     on_disk = open_splits(write_emoset(tmp_path / "world", 60, progress=False))

@@ -9,6 +9,8 @@ __all__ = [
     "temperature",
     "similarity",
     "vocabulary_loss",
+    "slot_loss",
+    "matched_names",
     "identity_loss",
     "affect_loss",
     "name_loss",
@@ -112,6 +114,44 @@ def vocabulary_loss(
     return each.sum() / ((own > 0).sum().clamp(min=1) if count is None else count)
 
 
+# %% ../nbs/04_losses.ipynb #4slot002
+def slot_loss(
+    z: Tensor,  # [B, n, d], of every query
+    text: Tensor,  # [A, d], of all names of the kind
+    names: Tensor,  # [B, A], multi-hot: an image's own names
+    scale: Tensor | float,
+    count: Tensor | float | None = None,  # as of `vocabulary_loss`
+) -> Tensor:
+    "L_O of queries that are matched to names."
+    log_p = similarity(z, text, scale).log_softmax(-1)
+    has = names.any(-1)
+    # an image without names may say all, which costs nothing
+    own = names.bool() | ~has[:, None]
+    any_own = log_p.masked_fill(~own[:, None], -torch.inf).logsumexp(-1)
+    rows, queries, places = matched_names(log_p, names)
+    # [B, n]: what each query should say
+    told = any_own.index_put((rows, queries), log_p[rows, queries, places])
+    each = -(has[:, None] * told).mean(1)
+    return each.sum() / (has.sum().clamp(min=1) if count is None else count)
+
+
+# %% ../nbs/04_losses.ipynb #4slot003
+@torch.no_grad()
+def matched_names(
+    log_p: Tensor,  # [B, n, A]
+    names: Tensor,  # [B, A], multi-hot
+) -> tuple[Tensor, Tensor, Tensor]:  # long [M]: image, query and name of each match
+    "The likeliest assignment of each image's names to its queries, none twice."
+    from scipy.optimize import linear_sum_assignment
+
+    found = []
+    for b, (likely, own) in enumerate(zip(log_p.float().cpu().numpy(), names.bool().cpu().numpy())):
+        places = own.nonzero()[0]
+        queries, order = linear_sum_assignment(likely[:, places], maximize=True)
+        found += [(b, query, place) for query, place in zip(queries, places[order])]
+    return tuple(torch.tensor(found, device=log_p.device).reshape(-1, 3).T.long())
+
+
 # %% ../nbs/04_losses.ipynb #cell-15
 def identity_loss(
     z: Tensor,  # [B, d]
@@ -160,7 +200,7 @@ TARGETS = ("vocabulary", "identity")
 
 def name_loss(
     model: nn.Module,  # an `ExpertQueryModel`
-    features: Tensor,  # s or o [B, d]
+    features: Tensor,  # s or o [B, d], or slots [B, n, d]
     kind: str,  # "scene" or "object"
     pair: tuple[Tensor, Tensor],  # names and text features, as `targets` wants them
     targets: str = "vocabulary",
@@ -172,7 +212,8 @@ def name_loss(
     theta = getattr(model, f"{kind}_logit_scale")
     if targets == "identity":
         return identity_loss(z, text, names, temperature(theta, None))
-    return vocabulary_loss(z, text, names, temperature(theta), count)
+    loss = slot_loss if z.ndim == 3 else vocabulary_loss
+    return loss(z, text, names, temperature(theta), count)
 
 
 # %% ../nbs/04_losses.ipynb #e778eec7
@@ -195,6 +236,8 @@ def understanding_loss(  # noqa: PLR0913 - what is compared, and the settings of
     losses = dict(loss_cls=classification_loss(output.logits, target, weight))
     for kind, pair, count in zip(("scene", "object"), (scene, object), counts):
         features = output[f"{kind}_features"] if output.scene_features is not None else None
+        if kind == "object" and output.object_slots is not None:
+            features = output.object_slots
         if pair is None or features is None:
             losses[f"loss_{kind}"] = output.logits.new_zeros((), dtype=torch.float32)
         else:

@@ -171,6 +171,7 @@ class ExpertQueryConfig(PretrainedConfig):
         head_dropout: float = 0.5,
         head_inputs: str = "class",  # "class": W_1 reads c; "all": [c, s, o]
         read_out: str = "thirds",  # where s and o are read; "last": at the last layer (ours)
+        object_slots: bool = False,  # True (ours): every object query reads an object of its own
         image_mean: list[float] | None = None,  # a channel, in [0, 1]
         image_std: list[float] | None = None,
         class_names: list[str] | None = None,  # None: Mikels' emotions where there are eight
@@ -193,6 +194,7 @@ class ExpertQueryConfig(PretrainedConfig):
         self.head_dropout = head_dropout
         self.head_inputs = head_inputs
         self.read_out = read_out
+        self.object_slots = object_slots
         self.image_mean = image_mean
         self.image_std = image_std
         self.class_names = list(class_names) if class_names else None
@@ -210,6 +212,11 @@ class ExpertQueryConfig(PretrainedConfig):
             )
         if self.read_out not in ("thirds", "last"):
             raise ValueError(f"read_out must be 'thirds' or 'last', not {self.read_out!r}")
+        if self.object_slots and (self.read_out != "last" or not self.num_queries):
+            raise ValueError(
+                "object_slots=True reads queries at the last layer: it needs read_out='last' "
+                "and num_queries > 0"
+            )
         if not 0 <= self.num_queries <= MOST:
             raise ValueError(
                 f"num_queries must be 0 (the plain backbone) to {MOST}, not {self.num_queries}"
@@ -253,6 +260,7 @@ class ExpertQueryOutput(ModelOutput):
     class_features: Tensor | None = None  # c [B, d]
     scene_features: Tensor | None = None  # s [B, d]
     object_features: Tensor | None = None  # o [B, d]
+    object_slots: Tensor | None = None  # [B, n, d]; None where object queries are averaged
     # [B, patches, d], of the last layer; None in training on a GPU
     patch_tokens: Tensor | None = None
     scene_attentions: Tensor | None = None  # [B, heads, n, T]; class token and registers in front
@@ -354,9 +362,10 @@ class ExpertQueryModel(PreTrainedModel):
         elif isinstance(module, (AffectHead, NamePrior)):
             module.reset_parameters()
         elif module is self and self.config.num_queries:
-            spread = 1.0 if self.config.read_out == "thirds" else NEAR
-            for queries in (self.scene_queries, self.object_queries):
-                nn.init.normal_(queries, std=spread)
+            near = FAR if self.config.read_out == "thirds" else NEAR
+            nn.init.normal_(self.scene_queries, std=near)
+            # slots that start alike stay alike
+            nn.init.normal_(self.object_queries, std=FAR if self.config.object_slots else near)
             for projection in (self.scene_projection, self.object_projection):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
             for scale in (self.scene_logit_scale, self.object_logit_scale):
@@ -392,6 +401,9 @@ class ExpertQueryModel(PreTrainedModel):
         c, image = view.final(tokens.image)
         if self.config.read_out == "last":
             s, o = (view.final(group.mean(1, keepdim=True))[0] for group in tokens[1:])
+        if self.config.object_slots:
+            each = tokens.objects.flatten(0, 1)[:, None]
+            o = view.final(each)[0].unflatten(0, tokens.objects.shape[:2])
         return self._answer(c, image, s, o, scene_attentions, object_attentions)
 
     def read_scene(self, view: Backbone, tokens: ChainTokens) -> tuple[ChainTokens, Tensor, Tensor]:
@@ -420,17 +432,22 @@ class ExpertQueryModel(PreTrainedModel):
         return summary + queries
 
     def _answer(self, c, image, s=None, o=None, scene_attentions=None, object_attentions=None):
+        shares = self.name_shares(s, o) if self.config.prior else (None, None)
+        slots = None
+        if self.config.object_slots:
+            slots = o
+            o, shares = _surest(slots, *shares)
         inputs = torch.cat([c, s, o], 1) if self.config.head_inputs == "all" else c
         affect = self.affect_head(c) if self.config.affect_names else None
-        logits, shares = self.head(inputs), (None, None)
+        logits = self.head(inputs)
         if self.config.prior:
-            shares = self.name_shares(s, o)
             logits = logits + self.name_prior(*shares)
         return ExpertQueryOutput(
             logits=logits,
             class_features=c,
             scene_features=s,
             object_features=o,
+            object_slots=slots,
             patch_tokens=None if image is None else image[:, self.view.prefix :],
             scene_attentions=scene_attentions,
             object_attentions=object_attentions,
@@ -440,7 +457,8 @@ class ExpertQueryModel(PreTrainedModel):
         )
 
     def name_shares(self, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
-        "Shares of the prior's names [B, S] and [B, O] in features [B, d]. No gradient passes."
+        """Shares of the prior's names [B, S] and [B, O] in features [B, d], [B, n, O] in slots
+        [B, n, d]. No gradient passes."""
         shares = []
         for kind, feature in zip(("scene", "object"), (s, o)):
             weight = getattr(self, f"{kind}_projection").weight
@@ -509,18 +527,28 @@ class ExpertQueryModel(PreTrainedModel):
 
 
 # %% ../nbs/03_queries.ipynb #5fb007ad
+def _surest(slots, scene_shares=None, object_shares=None):
+    "o [B, d] of the slot that is surest of its name, and shares of both kinds; without: the mean."
+    if object_shares is None:
+        return slots.mean(1), (None, None)
+    best = object_shares.amax(-1).argmax(1)
+    rows = torch.arange(len(slots), device=slots.device)
+    return slots[rows, best], (scene_shares, object_shares.mean(1))
+
+
 # settings of `ExpertQueryConfig` beside those that are named in full
 SETTINGS = {
     "head_width",
     "head_dropout",
     "head_inputs",
     "read_out",
+    "object_slots",
     "class_names",
     "affect_names",
     "prior",
 }
-# deviation of queries that start beside the class token
-NEAR = 0.02
+# deviation of queries, and of those that start beside the class token
+FAR, NEAR = 1.0, 0.02
 
 
 def _configure(backbone, num_queries, split, num_classes, settings):

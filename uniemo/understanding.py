@@ -109,6 +109,8 @@ class UnderstandingConfig(TrainConfig):
     head_inputs: str = "class"
     # where s and o are read: "thirds", or "last", from the foundation model's own names (ours)
     read_out: str = "thirds"
+    # whether each object query reads an object of its own, and not all their mean (ours)
+    object_slots: bool = False
     # "vocabulary", or "identity" (as released)
     targets: str = "vocabulary"
     template: str = "a photo of a {}"
@@ -156,6 +158,8 @@ class UnderstandingConfig(TrainConfig):
         check_choice("targets", ("vocabulary", "identity"), self.targets)
         check_choice("prior", ("none", "names", "pairs"), self.prior)
         check_choice("read_out", ("thirds", "last"), self.read_out)
+        if self.object_slots and (self.read_out, self.targets) != ("last", "vocabulary"):
+            raise ValueError("object_slots=True needs read_out='last' and targets='vocabulary'")
         if not 0 <= self.affect_weight < float("inf"):
             raise ValueError(f"affect_weight is a number, at least 0, not {self.affect_weight}")
 
@@ -182,6 +186,7 @@ def build_encoder(
         head_width=config.head_width,
         head_inputs=config.head_inputs,
         read_out=config.read_out,
+        object_slots=config.object_slots,
         text_dim=text_dim,
     )
     if config.read_out == "last" and config.num_queries:

@@ -213,6 +213,7 @@ LEARNERS = {
     "prior in the head": partial(trained, prior="pairs"),
     "names at the end": partial(trained, read_out="last", lr_queries=LR_LATE),
     "names at the end, prior": partial(trained, **CHAIN),
+    "one query an object": partial(trained, object_slots=True, **CHAIN),
 }
 
 

@@ -398,7 +398,7 @@ def test_evaluate(tmp_path):
     chosen += ["UniEmo", "space diagonal", "best of 2", "refined word, 1 steps"]
     seeds = dict(seeds=[0], implicit_seeds=[0])
     say = dict(best_of=2, refine_steps=1)
-    few = dict(num_train=32, num_test=16, num_per_emotion=2)
+    few = dict(num_train=32, num_test=40, num_per_emotion=2)
     params = dict(TINY, **seeds, **say, variants=chosen, **few)
     run = start("evaluate", params, tmp_path, progress=False)
     table = pd.read_csv(run.dir / "scores.csv")

@@ -400,10 +400,12 @@ class ExpertQueryModel(PreTrainedModel):
         tokens = tokens.run(view, self.split[1])
         c, image = view.final(tokens.image)
         if self.config.read_out == "last":
-            s, o = (view.final(group.mean(1, keepdim=True))[0] for group in tokens[1:])
+            s = view.final(tokens.scene.mean(1, keepdim=True))[0]
         if self.config.object_slots:
             each = tokens.objects.flatten(0, 1)[:, None]
             o = view.final(each)[0].unflatten(0, tokens.objects.shape[:2])
+        elif self.config.read_out == "last":
+            o = view.final(tokens.objects.mean(1, keepdim=True))[0]
         return self._answer(c, image, s, o, scene_attentions, object_attentions)
 
     def read_scene(self, view: Backbone, tokens: ChainTokens) -> tuple[ChainTokens, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from uniemo.explore.webpage import page_of
 from uniemo.files.needed import diffusion_files, look_for
 from uniemo.joint import JointConfig
 from uniemo.mini.stages import (
+    Budget,
     candidates,
     joint,
     load_world,
@@ -25,7 +26,6 @@ from uniemo.mini.stages import (
     open_pipeline,
     settings_of,
 )
-from uniemo.mini.variants import Budget
 from uniemo.pipeline import UniEmoPipeline
 from uniemo.runs import Run, find_notebook
 from uniemo.runs.cli import main

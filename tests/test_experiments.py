@@ -2,23 +2,16 @@
 
 import json
 import shutil
-from dataclasses import fields
 
 import pandas as pd
 import pytest
 
 from uniemo.data.emoset import EmoSet
 from uniemo.files.shipped import shipped_folder
-from uniemo.mini.regimes import FeedbackSettings
-from uniemo.mini.truth import WORLD_VERSION
-from uniemo.mini.variants import Budget
 from uniemo.mini.writing import write_emoset
 from uniemo.runs import (
     RunFailed,
-    earlier_rows,
     find_notebook,
-    published,
-    read_parameters,
     resume,
     start,
 )
@@ -127,51 +120,48 @@ def test_understanding_with_extra_images(warm, tmp_path):
     )
 
 
-@pytest.mark.long
-def test_experts_goes_on_where_it_was_stopped(warm, tmp_path):
-    params = dict(
-        sizes=[16],
-        steps=[2],
-        seeds=[0, 1],
-        search_seeds=[100],
-        lr_backbone=[1e-4],
-        lr_new=[1e-3],
-        num_validation=16,
-        num_test=24,
-        num_probes=8,
-        ablation_size=16,
-        weak_steps=0,
-        batch_size=8,
-        num_threads=1,
-        arms=["plain", "registers", "expert"],
-    )
-    run = start("experts", params, tmp_path, progress=False)
-    table = pd.read_csv(run.dir / "runs.csv")
-    assert len(table) == 9 and run.summary()["dry_run"] is True and "difference_16" in run.summary()
-    table.iloc[:5].to_csv(run.dir / "runs.csv", index=False)
-    run._set(status="interrupted")  # as if it had been killed after five trainings
-    again = pd.read_csv(resume(run, progress=False).dir / "runs.csv")
-    assert (
-        len((run.dir / "metrics.jsonl").read_text().splitlines()) == 9 + 4
-    )  # four were trained again
-    pd.testing.assert_frame_equal(again, table)
-    other = start("experts", dict(params, previous=[str(run.dir)]), tmp_path, progress=False)
-    assert not (other.dir / "metrics.jsonl").exists()  # nothing was trained
-    table.iloc[3:].to_csv(run.dir / "runs.csv", index=False)
-    table.iloc[:7].to_csv(other.dir / "runs.csv", index=False)
-    other._set(status="interrupted")  # one half here, one there, some in both
-    joined = resume(other, progress=False)
-    assert (
-        not (joined.dir / "metrics.jsonl").exists()
-        and joined.summary()["difference_16"] == run.summary()["difference_16"]
-    )
-    assert len(pd.read_csv(joined.dir / "runs.csv")) == 9
-    with pytest.raises(RunFailed, match="num_probes is 8 there"):
-        start(
-            "experts", dict(params, num_probes=9, previous=[str(run.dir)]), tmp_path, progress=False
-        )
-    with pytest.raises(Exception, match="needs its steps"):
-        start("experts", dict(params, steps=[2, 3]), tmp_path, progress=False)
+def test_what_ships_is_shown_without_training(warm, tmp_path):
+    "The three studies: their figures are those of the cells, and nothing is made."
+    for name, told in (
+        ("experts", {"accuracy_plain", "supported"}),
+        ("evaluate", {"emo_a_UniEmo", "emo_a_written_prompts"}),
+        ("feedback", {"object_names_right_joint_training_300"}),
+    ):
+        run = start(name, dict(num_threads=1), tmp_path, progress=False)
+        assert told <= set(run.summary())
+        assert run.metrics().empty, "nothing was made"
+        cells, verdicts = (pd.read_csv(run.dir / f"{k}.csv") for k in ("cells", "verdicts"))
+        assert cells.seed.nunique() == 20 and set(verdicts.columns) >= {"claim", "verdict"}
+    few = start("experts", dict(num_seeds=2, num_threads=1), tmp_path, progress=False)
+    assert pd.read_csv(few.dir / "cells.csv").seed.nunique() == 2
+
+
+def test_a_study_goes_on_where_it_was_stopped(warm, tmp_path):
+    arms = ["plain", "frozen head", "zero-shot names, pair table"]
+    size = dict(sizes=[24], num_seeds=2, num_test=40, steps=4, num_threads=1)
+    params = dict(size, arms=arms, cells_file=str(tmp_path / "cells.jsonl"))
+    run = start("experts", params, tmp_path / "runs", progress=False)
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and len(run.metrics()) == 6
+    found = run.summary()
+    assert {"accuracy_plain", "accuracy_frozen_head"} <= set(found)
+    # as if it had been killed while it wrote the fourth cell
+    (tmp_path / "cells.jsonl").write_text("\n".join([*lines[:3], lines[3][:30]]))
+    again = start("experts", params, tmp_path / "runs", progress=False)
+    assert len(again.metrics()) == 3
+    assert again.summary() == found
+    with pytest.raises(RunFailed, match="unknown arm 'plane'; known: "):
+        start("experts", dict(params, arms=["plane"]), tmp_path / "runs", progress=False)
+
+
+def test_studies_of_arms_that_no_claim_of_theirs_names(warm, tmp_path):
+    "What they lack is said, and no error."
+    size = dict(sizes=[24], num_seeds=2, num_test=40, steps=4, num_threads=1)
+    for name, arms in (("evaluate", ["frozen head"]), ("feedback", ["names at the end, prior"])):
+        file = tmp_path / f"{name}.jsonl"
+        run = start(name, dict(size, arms=arms, cells_file=str(file)), tmp_path, progress=False)
+        assert len(file.read_text().splitlines()) == 2
+        assert run.summary()["cells"] == 2 and run.summary()["not tested"] == 3
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -269,17 +259,6 @@ def test_emoset_by_parameters_only(warm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, table, kind", [("evaluate", "scores", Budget), ("feedback", "results", FeedbackSettings)]
-)
-def test_published_tables_are_of_the_settings_that_experiments_begin_with(name, table, kind):
-    "Rows of the tables that ship are taken over where nothing else is asked for."
-    asked = read_parameters(find_notebook(name))
-    own = {f.name: asked[f.name].default for f in fields(kind) if f.name in asked}
-    settings = dict(**vars(kind(**own)), world=WORLD_VERSION)
-    assert len(earlier_rows(published(name), f"{table}.csv", settings)) > 100
-
-
-@pytest.mark.parametrize(
     "name, value, near",
     [
         ("networks", "publishd", "published"),
@@ -350,10 +329,6 @@ def test_emoset_looks_into_files(cells, tmp_path):
 @pytest.mark.parametrize(
     "name, params, says",
     [
-        ("feedback", dict(ratio=0.0), "ratio is the share"),
-        ("feedback", dict(more_rounds={"150": 2}), "size 150, which is not among sizes"),
-        ("feedback", dict(seeds=[]), "at least one of each"),
-        ("feedback", dict(rounds=0), "rounds must be at least 1"),
         ("emoset", dict(max_kept=-1), "max_kept must be at least 0"),
         ("emoset", dict(num_images=0), "num_images must be at least 1"),
         ("emoset", dict(steps=0), "steps must be above 0"),
@@ -374,9 +349,9 @@ def test_parameters_out_of_range_are_refused_at_once(cells, name, params, says):
         ("joint", dict(num_images="0"), "num_images must be at least 1, not 0"),
         ("understanding", dict(processes="0"), "processes must be at least 1, not 0"),
         ("experts", dict(sizes="[300, 0]"), "sizes must be at least 1, not 0"),
-        ("feedback", dict(rounds="0"), "rounds must be at least 1, not 0"),
+        ("feedback", dict(num_seeds="1"), "num_seeds must be at least 2, not 1"),
         ("emoset", dict(num_real="0"), "num_real must be at least 1, not 0"),
-        ("evaluate", dict(num_train="-5"), "num_train must be at least 1, not -5"),
+        ("evaluate", dict(num_test="-5"), "num_test must be at least 1, not -5"),
         ("controls", dict(num_images="0"), "num_images must be at least 1, not 0"),
     ],
 )

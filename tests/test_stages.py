@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,22 +12,16 @@ from uniemo.data.checking import check
 from uniemo.data.emoset import EmoSet
 from uniemo.data.splits import three_splits
 from uniemo.data.transforms import NetworkView
-from uniemo.emotions import MIKELS
 from uniemo.feedback import read_candidates
 from uniemo.joint import JointConfig
-from uniemo.mini.regimes import COLUMNS, FULL, SEPARATE, FinishedRows, Regime
 from uniemo.mini.stages import (
     candidates,
-    inversion,
     joint,
     kept,
     load_world,
     metrics_of,
-    name_shares,
     open_pipeline,
-    prompted,
     read_kept,
-    respaced,
     settings_of,
     understanding,
 )
@@ -130,15 +123,6 @@ def test_a_kept_set_of_other_names_is_refused(tmp_path):
     note.write_text(json.dumps(dict(text, scene="moon")))
     with pytest.raises(ValueError, match="moon"):
         understanding(tmp_path / "stage", DATA, FIRST, extra=dict(images=root))
-
-
-def test_another_space_needs_no_training(store, trained):
-    other = store(respaced, data=DATA, pipeline=trained[1], space="diagonal")
-    before, after = open_pipeline(trained[1]), open_pipeline(other)
-    assert (before.space.kind, after.space.kind) == ("bank", "diagonal")
-    for part in ("encoder", "mapper"):
-        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters())
-        assert all(torch.equal(p, q) for p, q in pairs)
 
 
 def test_each_network_reads_a_photograph_at_its_own_size(tmp_path, monkeypatch):
@@ -259,30 +243,6 @@ def test_the_filter_does_without_names(store, trained, tmp_path):
     assert metrics_of(found)["candidates"] == 4
 
 
-def test_baselines_leave_out_emotions_without_photographs(tmp_path):
-    table = photographs(tmp_path)
-    notes = pd.read_csv(table)
-    notes.loc[notes.emotion == "awe", "objects"] = None
-    notes.loc[notes.objects.notna(), "objects"] = "cat"
-    notes.to_csv(table, index=False)
-    few = dict(num_per_emotion=2, num_inference_steps=1)
-    made, learnt = tmp_path / "made", tmp_path / "learnt"
-    made.mkdir()
-    learnt.mkdir()
-    prompted(made, str(table), **few)
-    config = JointConfig.preset("mini", steps=2, batch_size=4, eval_every=2)
-    inversion(learnt, str(table), settings_of(config), num_vectors=2, **few)
-    for folder in (made, learnt):
-        images, rows = read_candidates(folder)
-        assert len(images) == 4
-        assert set(rows.emotion) == {"awe", "fear"}
-        assert len(metrics_of(folder)["left_out"]) == 6
-    rows = read_candidates(made)[1]
-    assert rows.object.isna().tolist() == [True, True, False, False]
-    assert rows.prompt[0] in ("a photo of a sky", "a photo of a room")
-    assert "cat in a" in rows.prompt[3]
-
-
 def test_a_caption_that_is_too_long_drops_objects():
     from uniemo.diffusion.latents import open_diffusion
     from uniemo.diffusion.warm import fitting_caption
@@ -295,23 +255,6 @@ def test_a_caption_that_is_too_long_drops_objects():
     assert len(fitting_caption(*parts, None, many)) > 12
     with pytest.raises(ValueError, match="warm_start=0"):
         fitting_caption(*parts, None, ["antidisestablishmentarianism"])
-
-
-def test_an_image_with_three_objects_is_one_image_of_its_scene():
-    notes = pd.DataFrame(
-        dict(
-            emotion=["joy", "joy"],
-            scene=["beach", "street"],
-            object=[["cat", "dog", "cup"], ["cat"]],
-        )
-    )
-    own = SimpleNamespace(
-        annotations=lambda split: notes,
-        names=dict(scene=("beach", "street"), object=("cat", "dog", "cup")),
-        emotions=SimpleNamespace(names=("joy",)),
-    )
-    assert name_shares(own, "scene")[:, 0].tolist() == [0.5, 0.5]
-    assert name_shares(own, "object")[:, 0].tolist() == [0.5, 0.25, 0.25]
 
 
 # ---- experiments
@@ -392,132 +335,9 @@ def test_quickstart_says_what_photographs_lack(tmp_path):
     assert not (tmp_path / "runs").exists(), "refused before the first cell"
 
 
-@pytest.mark.long
-def test_evaluate(tmp_path):
-    chosen = ["prompts, estimated table", "textual inversion, three tokens", "separate words"]
-    chosen += ["UniEmo", "space diagonal", "best of 2", "refined word, 1 steps"]
-    seeds = dict(seeds=[0], implicit_seeds=[0])
-    say = dict(best_of=2, refine_steps=1)
-    few = dict(num_train=32, num_test=40, num_per_emotion=2)
-    params = dict(TINY, **seeds, **say, variants=chosen, **few)
-    run = start("evaluate", params, tmp_path, progress=False)
-    table = pd.read_csv(run.dir / "scores.csv")
-    assert set(table.variant) == set(chosen)
-    assert {"emo_a", "fit", "fid", "sem_d"} <= set(table.metric)
-    wanted = {"emo_a_UniEmo", "accuracy_stage_1_continued", "accuracy_joint_training"}
-    assert wanted <= set(run.summary())
-    again = start("evaluate", dict(params, previous=str(run.dir)), tmp_path, progress=False)
-    assert again.summary() == run.summary()
-    # all rows are taken over
-    assert not (again.dir / "stages").exists()
-
-
-@pytest.mark.long
-def test_feedback(tmp_path):
-    few = dict(sizes=[32], seeds=[0], num_per_emotion=2, max_kept=2, num_test=40)
-    params = dict(TINY, **few, stages=str(tmp_path / "stages"))
-    run = start("feedback", params, tmp_path, progress=False)
-    rows = pd.read_csv(run.dir / "results.csv")
-    assert {"real only", SEPARATE} <= set(rows.arm)
-    rows[rows.arm != SEPARATE].to_csv(run.dir / "results.csv", index=False)
-    again = start("feedback", dict(params, previous=str(run.dir)), tmp_path, progress=False)
-    other = pd.read_csv(again.dir / "results.csv")
-    # only the missing arm is made; the columns are there whatever was kept
-    assert list(other) == COLUMNS
-    pd.testing.assert_frame_equal(other.drop(columns="code"), rows.drop(columns="code"))
-
-
 def test_controls(tmp_path):
     knobs = dict(intensities=[0.0, 1.0], quarters=[0.0, 1.0], strengths=[0.5])
     knobs |= dict(guidance_rescales=[1.0])
     params = dict(knobs, num_images=1, num_inference_steps=1, num_threads=1)
     run = start("controls", params, tmp_path, progress=False)
     assert {"spearman_intensity", "plane_accuracy", "kept_last"} <= set(run.summary())
-
-
-# ---- rows of the explicit feedback, without training
-
-
-class NoStages:
-    "A store whose stages take no time; the full filter keeps as many images as it is told."
-
-    def __init__(self, folder, keeps):
-        self.folder, self.keeps, self.count = folder, iter(keeps), 0
-        folder.mkdir()
-
-    def __call__(self, stage, **params):
-        self.count += 1
-        at = self.folder / f"{stage.__name__}-{self.count}"
-        at.mkdir()
-        n = 8
-        if stage.__name__ == "kept":
-            n = 4 if "how" in params else next(self.keeps)
-        accuracy = 0.5 + self.count % 7 / 100
-        (at / "metrics.json").write_text(json.dumps(dict(accuracy=accuracy, kept=n)))
-        return at
-
-
-@pytest.fixture
-def no_images(monkeypatch):
-    "What stages would have painted and kept: noise, as much as their metrics say."
-    import uniemo.mini.regimes as regimes
-
-    def noise(folder, n):
-        rng = np.random.default_rng(int(folder.name.rsplit("-")[-1]))
-        return rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8)
-
-    def painted(folder):
-        return noise(folder, 8), pd.DataFrame(dict(emotion=MIKELS.names))
-
-    def read(folder):
-        n = metrics_of(folder)["kept"]
-        return noise(folder, n), np.arange(n)
-
-    monkeypatch.setattr(regimes, "read_candidates", painted)
-    monkeypatch.setattr(regimes, "read_kept", read)
-
-
-def results(store, done, turns):
-    "The table of the experiment."
-    rows = done.whole()
-    for size in turns:
-        for seed in (0, 1):
-            rows += done.missing(Regime(store, size, seed, rounds=turns[size]))
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def test_feedback_rows(no_images, tmp_path):
-    "What is measured when nothing is kept stays, and such a regime counts as finished."
-    turns = {32: 3, 48: 1}
-    own = NoStages(tmp_path / "stages", [6, 0, 5, 4, 3, 0, 0])
-    table = results(own, FinishedRows([], turns, separate=False), turns)
-    full = table[table.arm == FULL].set_index(["size", "seed", "round"])
-    wanted = {(32, 0, 1): 6, (32, 0, 2): 0, (32, 1, 1): 5, (32, 1, 2): 4, (32, 1, 3): 3}
-    assert full.kept.to_dict() == wanted | {(48, 0, 1): 0, (48, 1, 1): 0}
-    assert (full.accuracy.isna() == (full.kept == 0)).all()
-    assert full[["emo_a", "joint_accuracy", "candidates"]].notna().all(axis=None)
-    assert full.drift_chance.notna().sum() == 4
-    assert full.drift[32, 1, 1] == 0
-    beside = full.real_emo_a.notna() & full.real_label_error.notna()
-    assert set(full.index[beside]) == {(32, 0, 1), (32, 1, 1)}
-    assert (table.arm.value_counts()[["real only", "+ further real"]] == [4, 2]).all()
-
-
-def test_feedback_goes_on(no_images, tmp_path):
-    "Finished regimes are taken over, also those of which nothing was kept."
-    turns = {32: 3, 48: 1}
-    own = NoStages(tmp_path / "stages", [6, 0, 5, 4, 3, 0, 0])
-    table = results(own, FinishedRows([], turns, separate=False), turns)
-    there = [{k: v for k, v in row.items() if v == v} for row in table.to_dict("records")]
-    again = results(None, FinishedRows(there, turns, separate=False), turns)
-    pd.testing.assert_frame_equal(again, table, check_dtype=False)
-    # words of their own are one more arm
-    words = NoStages(tmp_path / "words", [3, 4, 0, 0, 2, 1])
-    both = results(words, FinishedRows(there, turns), turns)
-    apart = both[both.arm == SEPARATE].set_index(["size", "seed", "round"])
-    wanted = {(32, 0, 1): 3, (32, 0, 2): 4, (32, 0, 3): 0, (32, 1, 1): 0}
-    assert apart.kept.to_dict() == wanted | {(48, 0, 1): 2, (48, 1, 1): 1}
-    assert len(both) == len(table) + 6
-    # without the row that says that nothing was kept, the regime is not finished
-    some = [row for row in there if row.get("kept") != 0]
-    assert FinishedRows(some, turns, separate=False).one_word == {(32, 1)}

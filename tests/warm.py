@@ -10,7 +10,7 @@ import sys
 import time
 
 # one server for all tests of a process: it starts with the first process that is asked for
-PRELOADED = ["uniemo.mini.stages", "uniemo.mini.regimes", "uniemo.pipeline", "uniemo.joint"]
+PRELOADED = ["uniemo.mini.stages", "uniemo.mini.studies", "uniemo.pipeline", "uniemo.joint"]
 PRELOADED += ["uniemo.mini.splits", "uniemo.measure.theme", "ipykernel.kernelapp", "seaborn"]
 
 # steps of a warm start in these kernels: the mini preset's 600 are most of a tiny training;

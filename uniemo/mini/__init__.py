@@ -6,17 +6,6 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from .arms import (
-        MEASURES,
-        NO_ATTRIBUTES,
-        NO_INTERACTION,
-        Probes,
-        Training,
-        balanced_world,
-        measure_arm,
-        train_arm,
-        weaker_clip,
-    )
     from .autoencoder import (
         AutoencoderStage,
         build_vae,
@@ -169,21 +158,14 @@ if TYPE_CHECKING:
         LESSONS_OF,
         Lesson,
         Loop,
-        as_they_come,
-        at_random,
-        confident_ones,
-        drawn_again,
         label_errors,
-        labelled_by_table,
         lesson_of,
         loop_of,
-        named_images,
-        of_written_prompts,
         spread,
-        strictly,
         taught,
     )
     from .makers import (
+        ABLATIONS,
         COEFFICIENTS,
         MAKERS,
         MAKING,
@@ -192,6 +174,7 @@ if TYPE_CHECKING:
         as_published,
         beliefs,
         coefficient_movement,
+        distance_to_real,
         drawn_names,
         free_words,
         gradient_share,
@@ -219,18 +202,6 @@ if TYPE_CHECKING:
         with_mirrored,
     )
     from .probes import expert_movement, plot_movement, twin_images
-    from .regimes import (
-        COLUMNS,
-        FULL,
-        FeedbackSettings,
-        FinishedRows,
-        JUDGED,
-        Regime,
-        SEPARATE,
-        chance_drift,
-        check_sizes,
-        judge_set,
-    )
     from .rehearsal import Plan, Rehearsed, Scene, Trial, rehearse_emoset
     from .scenes import Canvas, Color, paint_scene
     from .sceptics import (
@@ -264,27 +235,22 @@ if TYPE_CHECKING:
     )
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
     from .stages import (
+        Budget,
         candidates,
-        code_of,
-        inversion,
         joint,
         kept,
         kept_folder,
         load_world,
         mapper_settings,
         metrics_of,
-        name_shares,
         open_pipeline,
-        prompted,
         read_kept,
-        relabelled,
-        respaced,
-        scores,
         settings_of,
         understanding,
     )
-    from .standins import ENTRIES, SIZES, write_large_index, write_random_models
+    from .standins import ENTRIES, NAMES, SIZES, write_large_index, write_random_models
     from .story import Source, first_of_each, plot_story, read_choice, summarize
+    from .studies import Study, arm_gains, arm_means, arm_table, arms_of, plot_arms, study_verdicts
     from .tokens import PLACEHOLDER, build_tokenizer, tokenize
     from .truth import (
         ImageSpec,
@@ -316,16 +282,6 @@ if TYPE_CHECKING:
         trained_encoder,
         twin_specs,
     )
-    from .variants import (
-        BASELINES,
-        Budget,
-        METHOD,
-        choose_variants,
-        feedback_variants,
-        implicit_feedback,
-        make_variant,
-        over_seeds,
-    )
     from .word_twins import (
         PARTS,
         TAKEN,
@@ -343,17 +299,6 @@ if TYPE_CHECKING:
     from .writing import label_file, read_specs, write_emoset
 
 _rooms = {
-    "arms": [
-        "MEASURES",
-        "NO_ATTRIBUTES",
-        "NO_INTERACTION",
-        "Probes",
-        "Training",
-        "balanced_world",
-        "measure_arm",
-        "train_arm",
-        "weaker_clip",
-    ],
     "autoencoder": [
         "AutoencoderStage",
         "build_vae",
@@ -506,21 +451,14 @@ _rooms = {
         "LESSONS_OF",
         "Lesson",
         "Loop",
-        "as_they_come",
-        "at_random",
-        "confident_ones",
-        "drawn_again",
         "label_errors",
-        "labelled_by_table",
         "lesson_of",
         "loop_of",
-        "named_images",
-        "of_written_prompts",
         "spread",
-        "strictly",
         "taught",
     ],
     "makers": [
+        "ABLATIONS",
         "COEFFICIENTS",
         "MAKERS",
         "MAKING",
@@ -529,6 +467,7 @@ _rooms = {
         "as_published",
         "beliefs",
         "coefficient_movement",
+        "distance_to_real",
         "drawn_names",
         "free_words",
         "gradient_share",
@@ -565,18 +504,6 @@ _rooms = {
         "with_mirrored",
     ],
     "probes": ["expert_movement", "plot_movement", "twin_images"],
-    "regimes": [
-        "COLUMNS",
-        "FULL",
-        "FeedbackSettings",
-        "FinishedRows",
-        "JUDGED",
-        "Regime",
-        "SEPARATE",
-        "chance_drift",
-        "check_sizes",
-        "judge_set",
-    ],
     "rehearsal": ["Plan", "Rehearsed", "Scene", "Trial", "rehearse_emoset"],
     "scenes": ["Canvas", "Color", "paint_scene"],
     "sceptics": [
@@ -610,27 +537,30 @@ _rooms = {
     ],
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
     "stages": [
+        "Budget",
         "candidates",
-        "code_of",
-        "inversion",
         "joint",
         "kept",
         "kept_folder",
         "load_world",
         "mapper_settings",
         "metrics_of",
-        "name_shares",
         "open_pipeline",
-        "prompted",
         "read_kept",
-        "relabelled",
-        "respaced",
-        "scores",
         "settings_of",
         "understanding",
     ],
-    "standins": ["ENTRIES", "SIZES", "write_large_index", "write_random_models"],
+    "standins": ["ENTRIES", "NAMES", "SIZES", "write_large_index", "write_random_models"],
     "story": ["Source", "first_of_each", "plot_story", "read_choice", "summarize"],
+    "studies": [
+        "Study",
+        "arm_gains",
+        "arm_means",
+        "arm_table",
+        "arms_of",
+        "plot_arms",
+        "study_verdicts",
+    ],
     "tokens": ["PLACEHOLDER", "build_tokenizer", "tokenize"],
     "truth": [
         "ImageSpec",
@@ -661,16 +591,6 @@ _rooms = {
         "read_twins",
         "trained_encoder",
         "twin_specs",
-    ],
-    "variants": [
-        "BASELINES",
-        "Budget",
-        "METHOD",
-        "choose_variants",
-        "feedback_variants",
-        "implicit_feedback",
-        "make_variant",
-        "over_seeds",
     ],
     "word_twins": [
         "PARTS",

@@ -12,15 +12,6 @@ __all__ = [
     "Lesson",
     "taught",
     "Loop",
-    "drawn_again",
-    "further_real",
-    "as_they_come",
-    "at_random",
-    "confident_ones",
-    "strictly",
-    "named_images",
-    "labelled_by_table",
-    "of_written_prompts",
     "label_errors",
     "lesson_of",
     "spread",
@@ -85,27 +76,33 @@ def taught(
     contest: Contest,
     extra: dict | Path | None = None,  # tensors or a folder of further images
     ratio: float = LESSON.ratio,  # their share of a batch
+    **changes,  # of the configuration
 ) -> StageResult:
     "Stage 1 with further images: an encoder, and what it says of the test images."
     backbone = Backbone(copy.deepcopy(contest.clip[0]), [0.5] * 3, [0.5] * 3)
     further = None if extra is None else ExtraImages(extra, ratio)
     how = dict(text=contest.text, extra=further, progress=False)
-    return train_understanding(contest.splits, contest.config(**CHAIN), backbone, **how)
+    return train_understanding(contest.splits, contest.config(**changes), backbone, **how)
 
 
 # %% ../../nbs/mini/lessons.ipynb #2f8976db
 class Loop:
     "A generator that has learned from a contest's images, and what it paints."
 
-    def __init__(self, contest: Contest, lesson: Lesson = LESSON):
-        self.contest, self.lesson = contest, lesson
+    def __init__(
+        self,
+        contest: Contest,
+        lesson: Lesson = LESSON,
+        extra: Path | None = None,  # kept images of an earlier round
+    ):
+        self.contest, self.lesson, self.extra = contest, lesson, extra
         self.place = tempfile.TemporaryDirectory()
         self.folder = Path(self.place.name)
 
     @cached_property
     def first(self) -> StageResult:
-        "Stage 1 on the real images alone."
-        return taught(self.contest)
+        "Stage 1 of the encoder that words and filter need."
+        return taught(self.contest, self.extra, self.lesson.ratio, **CHAIN)
 
     @cached_property
     def splits(self) -> EmotionSplits:
@@ -164,6 +161,11 @@ class Loop:
         "How many of each emotion the whole filter keeps."
         labels = read_kept(self.full)[1]
         return pd.Series(labels).value_counts().reindex(range(len(MIKELS)), fill_value=0)
+
+    @cached_property
+    def second(self) -> "Loop":
+        "The loop again, from an encoder that learned from what was kept."
+        return Loop(self.contest, self.lesson, self.full)
 
 
 # %% ../../nbs/mini/lessons.ipynb #loop-of
@@ -294,6 +296,7 @@ LESSONS_OF = {
     "full filter, each kind clear": lambda loop: strictly(loop, "each", *EACH_CLEAR),
     "full filter, new pairs": lambda loop: strictly(loop, "new", "new pair"),
     "full filter, labels by the table": labelled_by_table,
+    "full filter, second round": lambda loop: loop.second.full,
 }
 
 
@@ -305,12 +308,10 @@ def lesson_of(
 ) -> dict[str, float]:
     "What an arm is worth: accuracies, images that joined, and how wrong their labels are."
     loop = loop_of(contest, lesson)
-    if arm == "real only":
-        return _told(contest, loop.first)
-    extra = LESSONS_OF[arm](loop)
+    extra = None if arm == "real only" else LESSONS_OF[arm](loop)
     if extra is None:
         # nothing joins
-        return _told(contest, loop.first, images=0)
+        return _told(contest, taught(contest), images=0)
     errors = _errors_of(extra, contest.world)
     more = {"images": len(errors), "label error": float(errors.mean())}
     return _told(contest, taught(contest, extra, lesson.ratio), **more)

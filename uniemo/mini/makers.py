@@ -8,6 +8,7 @@ __all__ = [
     "COEFFICIENTS",
     "PAIR_WEIGHT",
     "MAKERS",
+    "ABLATIONS",
     "Making",
     "reader_of",
     "taught_words",
@@ -16,6 +17,7 @@ __all__ = [
     "painted_names",
     "beliefs",
     "seen_emotion",
+    "distance_to_real",
     "coefficient_movement",
     "gradient_share",
     "painted_words",
@@ -47,13 +49,14 @@ from ..diffusion.latents import cache_latents
 from ..emotions import MIKELS
 from ..fusion import pseudo_words
 from ..joint import JointConfig, build_retriever, stage_for, train_joint
+from ..measure.generation import fid_to
+from ..measure.networks import CLIPFeatures, apply_network, as_images
 from .clip import to_pixels
 from .contenders import CHAIN, Contest
 from .diffusion import few_steps, load_diffusion, sample, sampler_of, to_images
 from .pretraining import strongest_clip
 from .sceptics import read_names
 from .specialists import with_queries, without_test
-from .variants import RELEASED
 from .worlds import World, world_of
 from ..pipeline import UniEmoPipeline
 from ..queries import ExpertQueryModel
@@ -204,6 +207,38 @@ def seen_emotion(
     return dict(emo_a=float(right), fit=float(fit), diversity=len(shown) / len(p))
 
 
+# %% ../../nbs/mini/makers.ipynb #fidreal2
+# test images that images are compared with
+_REAL = 2000
+
+
+@lru_cache(maxsize=1)
+def _clip_features(version):
+    "Features of the strong CLIP, not normalised."
+    return CLIPFeatures(*strongest_clip(world_of(version)), mean=[0.5] * 3, std=[0.5] * 3)
+
+
+# asked once for all arms of a contest
+@lru_cache(maxsize=1)
+def _real_images(contest):
+    "A function: features of images -> FID to test images; and that of the validation images."
+    val, test = (contest.splits[split]["images"][:_REAL] for split in ("val", "test"))
+    network = _clip_features(contest.world)
+    real, others = (apply_network(network, as_images(part)).double() for part in (test, val))
+    distance = fid_to(real)
+    return distance, distance(others)
+
+
+def distance_to_real(
+    images: np.ndarray,  # uint8 [n, 64, 64, 3]
+    contest: Contest,
+) -> dict[str, float]:
+    "`fid` to test images, and `fid floor`, that of the validation images."
+    distance, floor = _real_images(contest)
+    features = apply_network(_clip_features(contest.world), as_images(images))
+    return {"fid": distance(features), "fid floor": floor}
+
+
 # %% ../../nbs/mini/makers.ipynb #2mak0022
 @torch.no_grad()
 def coefficient_movement(
@@ -275,6 +310,11 @@ def painted_words(
     return np.stack([np.asarray(image) for image in images])
 
 
+def _told(contest, images, label):
+    "What is seen in an arm's images, and how near they are to real ones."
+    return seen_emotion(images, label, contest.world) | distance_to_real(images, contest)
+
+
 # %% ../../nbs/mini/makers.ipynb #2mak27b1
 COEFFICIENTS = ("counted", "1", "shuffled", "pairs")
 # images that the product counts for in a coefficient of a pair
@@ -305,12 +345,18 @@ def words_of(
     making: Making = MAKING,
     coefficient: str = "counted",  # one of COEFFICIENTS
     weight: float = 1e-3,  # of both parts of the condition loss
-    **switches: bool,  # of the mapper: `gate`, `separate`
+    retrieval: str = "projected",  # of names, see `JointConfig`
+    warm_start: int | None = None,  # steps; None: those of `making`
+    **switches: bool,  # of the mapper: `gate`, `separate`, `use_scene`, `use_object`
 ) -> StageResult:
     "Stage 2 of an arm."
     check_choice("coefficient", COEFFICIENTS, coefficient)
-    changes = dict(pair_weight=PAIR_WEIGHT) if coefficient == "pairs" else {}
-    config = making.config(contest, condition_weights=(weight, weight), **changes)
+    changes = dict(condition_weights=(weight, weight), retrieval=retrieval)
+    if coefficient == "pairs":
+        changes |= dict(pair_weight=PAIR_WEIGHT)
+    if warm_start is not None:
+        changes |= dict(warm_start=warm_start)
+    config = making.config(contest, **changes)
     table = shuffled_table(contest) if coefficient == "shuffled" else None
     encoder = copy.deepcopy(reader_of(contest))
     switches |= dict(use_alpha=coefficient != "1")
@@ -324,7 +370,8 @@ def learned(
     contest: Contest,
     making: Making = MAKING,
     best_of: int = 1,  # candidates of an image
-    **training,  # to `words_of`: `coefficient`, `weight`, `gate`, `separate`
+    space: str | None = None,  # of words; None: that of `making`
+    **training,  # to `words_of`
 ) -> dict[str, float]:
     "Emo-A of learned words, and how well coefficient and condition loss are heard."
     result = words_of(contest, making, **training)
@@ -335,24 +382,30 @@ def learned(
         "movement of the text states": movement,
         "share of the gradient": gradient_share(result.parts, train, *how),
     }
-    pipe = pipeline_of(result.parts, train, making.space)
+    pipe = pipeline_of(result.parts, train, space or making.space)
     images = painted_words(contest, pipe, making, best_of)
-    return seen_emotion(images, _asked_for(making), contest.world) | heard
+    return _told(contest, images, _asked_for(making)) | heard
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak27b4
+# what was released: https://arxiv.org/abs/2507.23372
+_RELEASED = dict(
+    retrieval="mapped", targets="identity", condition_weights=(1e-3, 1e-6), warm_start=0
+)
+
+
 def as_published(
     contest: Contest,
     making: Making = MAKING,
 ) -> dict[str, float]:
     """Emo-A of the released recipe: its names, targets, retrieval, weights and space, no prior and
     no warm start."""
-    config = making.config(contest, **RELEASED)
+    config = making.config(contest, **_RELEASED)
     encoder = copy.deepcopy(reader_of(contest, published=True))
     result = taught_words(contest, config, encoder)
     pipe = pipeline_of(result.parts, contest.splits["train"], "diagonal")
     images = painted_words(contest, pipe, making)
-    return seen_emotion(images, _asked_for(making), contest.world)
+    return _told(contest, images, _asked_for(making))
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak027c
@@ -364,7 +417,7 @@ def written_prompts(
     rng = np.random.default_rng([8, contest.seed])
     label, drawn = drawn_names(contest.splits, _asked_for(making), rng)
     images = painted_names(contest, drawn, 10**6 + contest.seed * len(label), making)
-    return seen_emotion(images, label, contest.world)
+    return _told(contest, images, label)
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak027d
@@ -396,7 +449,7 @@ def free_words(
     config = making.config(contest, steps=steps, eval_every=steps)
     torch.manual_seed(contest.seed)
     stage = learn_words(contest.splits, config, _painter(contest.world)).stage
-    return seen_emotion(_painted_free(contest, stage, making), _asked_for(making), contest.world)
+    return _told(contest, _painted_free(contest, stage, making), _asked_for(making))
 
 
 # %% ../../nbs/mini/makers.ipynb #2mak0028
@@ -417,4 +470,14 @@ MAKERS: dict[str, Callable] = {
     "condition weight 0.01": partial(learned, weight=0.01),
     "condition weight 0.1": partial(learned, weight=0.1),
     "condition weight 1": partial(learned, weight=1.0),
+}
+# the method without one of its parts, or with another in its place
+ABLATIONS: dict[str, Callable] = {
+    "without scene": partial(learned, separate=True, use_scene=False),
+    "without object": partial(learned, separate=True, use_object=False),
+    "without warm start": partial(learned, separate=True, warm_start=0),
+    "retrieval soft": partial(learned, separate=True, retrieval="soft"),
+    "retrieval mapped": partial(learned, separate=True, retrieval="mapped"),
+    "space lowrank": partial(learned, separate=True, space="lowrank"),
+    "space diagonal": partial(learned, separate=True, space="diagonal"),
 }

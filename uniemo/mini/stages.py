@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = [
     "SAMPLING",
-    "NAMES",
     "settings_of",
     "metrics_of",
-    "code_of",
+    "Budget",
     "load_world",
     "kept_folder",
     "read_kept",
@@ -16,34 +15,23 @@ __all__ = [
     "mapper_settings",
     "joint",
     "open_pipeline",
-    "respaced",
     "candidates",
-    "name_shares",
-    "prompted",
-    "inversion",
-    "scores",
     "kept",
-    "further_real",
-    "relabelled",
 ]
 
 # %% ../../nbs/mini/stages.ipynb #530baeff
 import inspect
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 # %% ../../nbs/mini/stages.ipynb #8140a332
 from ..backbones import Backbone
-from ..conditioning import caption, encode_prompts
-from ..data.kept import write_annotated
-from ..data.names import normalize_name
 from ..data.splits import EmotionSplits, load_splits, training_images
 from ..data.transforms import NetworkView
 from uniemo.diffusion.any_family import (
@@ -52,22 +40,15 @@ from uniemo.diffusion.any_family import (
     open_trained,
     pipeline_class,
 )
-from ..diffusion.inversion import learn_words
-from ..diffusion.latents import open_diffusion
-from ..emotions import MIKELS
+from ..diffusion.latents import check_diffusion, image_side
 from ..feedback import generate_candidates, read_candidates, select, without_images
 from ..files.disk import write_file
-from ..files.pipelines import copy_lora
 from ..filtering import CRITERIA, name_reader
 from ..fusion import PseudoWordMapper
 from ..joint import JointConfig, train_joint
-from ..measure.generation import evaluate_generation
 from ..measure.novelty import fit_novelty
 from .clip import load_clip
-from .judge import judged_names, load_judge, mini_networks
-from .painting import paint
 from .splits import paint_splits
-from .truth import OBJECTS, SCENES, draw_spec, true_table
 from ..pipeline import UniEmoPipeline
 from ..queries import ExpertQueryModel
 from ..runs.parameters import Parameter, check_parameters
@@ -98,16 +79,46 @@ def metrics_of(
     return json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
 
 
-def code_of(
-    folder: str | Path,  # of a finished stage
-) -> str:
-    "The first letters of the hash of the code that made it; '' where no store says."
-    done = Path(folder) / "done.json"
-    return json.loads(done.read_text(encoding="utf-8"))["code"][:12] if done.exists() else ""
-
-
 def _write(folder, **metrics):
     write_file(Path(folder) / "metrics.json", json.dumps(metrics, indent=1))
+
+
+# %% ../../nbs/mini/stages.ipynb #da33227e
+@dataclass(frozen=True)
+class Budget:
+    "How many images and steps a run may use, and which models."
+
+    num_train: int = 1000  # real images
+    num_test: int = 1000
+    understanding_steps: int = 240
+    joint_steps: int = 240
+    backbone: str = "mini"  # CLIP: "mini", a folder or a hub id
+    diffusion: str = "mini"  # a diffusion pipeline of any family that can be trained, likewise
+    num_per_emotion: int = 20  # generated images
+    guidance_scale: float = 4.0
+    num_inference_steps: int = 20
+
+    def __post_init__(self):
+        # before stage 1 is paid for
+        check_diffusion(self.diffusion)
+
+    def data(self, seed: int) -> dict:
+        "A world of this seed."
+        num_val = min(200, self.num_train)
+        return dict(num_train=self.num_train, num_val=num_val, num_test=self.num_test, seed=seed)
+
+    def first(self, seed: int) -> dict:
+        "Settings of stage 1."
+        steps = dict(epochs=None, steps=self.understanding_steps, eval_every=80)
+        how = dict(seed=seed, backbone=self.backbone, **steps)
+        return settings_of(UnderstandingConfig.preset("mini", **how))
+
+    def second(self, seed: int, **changes) -> dict:
+        "Settings of stage 2."
+        steps = dict(steps=self.joint_steps, eval_every=80)
+        models = dict(backbone=self.backbone, vae_size=image_side(self.diffusion))
+        how = {"seed": seed, **models, **steps, **changes}
+        return settings_of(JointConfig.preset("mini", **how))
 
 
 # %% ../../nbs/mini/stages.ipynb #98d99215
@@ -237,27 +248,13 @@ def open_pipeline(
     return pipe
 
 
-def respaced(
-    folder: str | Path,
-    data: dict | str,
-    pipeline: str | Path,  # folder of the stage `joint`
-    space: str | dict,
-) -> None:
-    "The same pipeline with another emotion space; nothing is trained again."
-    pipe = open_pipeline(pipeline)
-    pipe.space = _space(load_world(data, encoder_view(pipe.encoder)), pipe.encoder, space)
-    pipe.save_pretrained(Path(folder) / "pipeline", whole=False)
-    copy_lora(Path(pipeline) / "pipeline", Path(folder) / "pipeline")
-    _write(folder, space=space)
-
-
 # %% ../../nbs/mini/stages.ipynb #36730842
 SAMPLING = dict(num_inference_steps=20, guidance_scale=4.0)
 
 
 def candidates(
     folder: str | Path,
-    pipeline: str | Path,  # folder of the stage `joint` or `respaced`
+    pipeline: str | Path,  # folder of the stage `joint`
     num_per_emotion: int = 40,
     seed: int = 0,
     **sampling,  # to `generate_candidates`
@@ -271,160 +268,12 @@ def candidates(
     _write(folder, images=len(table), own_accuracy=right, left_out=left_out)
 
 
-# %% ../../nbs/mini/stages.ipynb #2b98c155
-def _paint_jobs(folder, pipe, jobs, left_out, sampling):
-    "Images of `jobs`: rows (emotion, seed, prompt, word or None, scene, object)."
-    if not jobs:
-        raise ValueError(
-            f"nothing to paint: the training images tell nothing of {', '.join(left_out)}"
-        )
-    settings = {"batch_size": 16, **SAMPLING, **sampling}
-    size = settings.pop("batch_size")
-    pipe.set_progress_bar_config(disable=True)
-    folder, rows = Path(folder), []
-    empty = encode_prompts(pipe.text_encoder, pipe.tokenizer, "").detach()
-    for first in range(0, len(jobs), size):
-        part = jobs[first : first + size]
-        words = [
-            encode_prompts(pipe.text_encoder, pipe.tokenizer, job["prompt"], job.pop("word", None))
-            for job in part
-        ]
-        made = pipe(
-            prompt_embeds=torch.cat(words).detach(),
-            negative_prompt_embeds=empty.expand(len(part), -1, -1),
-            generator=[torch.Generator().manual_seed(job["seed"]) for job in part],
-            **settings,
-        )
-        for job, image in zip(part, made.images):
-            name = f"{job['emotion']}-{job['seed']}.png"
-            image.save(folder / name)
-            rows.append(dict(job, path=name))
-    write_file(folder / "table.csv", pd.DataFrame(rows).to_csv(index=False))
-    _write(folder, images=len(rows), left_out=list(left_out))
-
-
-# %% ../../nbs/mini/stages.ipynb #84217683
-def name_shares(
-    splits: EmotionSplits,
-    kind: str,  # "scene" or "object"
-    true: bool = False,  # the mini world's own shares instead of counted ones
-) -> np.ndarray:
-    "P(name | emotion) [names, E]; NaN for an emotion of which no image names any."
-    if true:
-        return true_table(kind).to_numpy()
-    notes = splits.annotations("train")
-    notes = notes.explode("object") if kind == "object" else notes
-    counts = pd.crosstab(notes[kind], notes.emotion)
-    counts = counts.reindex(
-        index=splits.names[kind], columns=list(splits.emotions.names), fill_value=0
-    )
-    counts = counts.to_numpy(float)
-    total = counts.sum(0)
-    return np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
-
-
-# %% ../../nbs/mini/stages.ipynb #db8b363b
-def prompted(
-    folder: str | Path,
-    data: dict | str,
-    true: bool = False,  # names by the mini world's own shares
-    num_per_emotion: int = 40,
-    seed: int = 0,
-    diffusion: str = "mini",
-    **sampling,  # `num_inference_steps`, `guidance_scale`, `batch_size`
-) -> None:
-    "Candidates by captions whose names are drawn from `name_shares`, of the kinds that are known."
-    splits, rng = load_world(data), np.random.default_rng([77, seed])
-    shares = {k: name_shares(splits, k, true) for k in ("scene", "object") if splits.names[k]}
-    jobs, left_out = [], []
-    for e, emotion in enumerate(splits.emotions.names):
-        known = {k: p[:, e] for k, p in shares.items() if np.isfinite(p[:, e]).all()}
-        if not known:
-            left_out.append(emotion)
-            continue
-        for i in range(num_per_emotion):
-            names = {k: splits.names[k][rng.choice(len(p), p=p)] for k, p in known.items()}
-            said = {k: normalize_name(n) for k, n in names.items()}
-            objects = [said["object"]] if "object" in said else []
-            number = seed * 10**6 + e * num_per_emotion + i
-            prompt = caption(said.get("scene"), objects)
-            jobs.append(dict(emotion=emotion, seed=number, prompt=prompt, **names))
-    pipe = open_diffusion(diffusion)
-    _paint_jobs(folder, pipe, jobs, left_out, sampling)
-
-
-# %% ../../nbs/mini/stages.ipynb #37e049c1
-def inversion(
-    folder: str | Path,
-    data: dict | str,
-    config: dict,  # of a `JointConfig`: its steps are the budget
-    num_per_emotion: int = 40,
-    seed: int = 0,
-    diffusion: str = "mini",
-    num_vectors: int = 1,  # tokens of a word
-    **sampling,  # `num_inference_steps`, `guidance_scale`, `batch_size`
-) -> None:
-    "Candidates by one free word an emotion, learnt by the diffusion loss."
-    config = JointConfig(**config)
-    torch.manual_seed(config.seed)
-    splits = load_world(data, side=config.vae_size)
-    pipe = open_diffusion(diffusion)
-    stage = learn_words(splits, config, pipe, num_vectors, folder).stage
-    learnt = set(splits["train"]["label"].tolist())
-    jobs = [
-        dict(
-            emotion=emotion,
-            seed=seed * 10**6 + e * num_per_emotion + i,
-            prompt=config.prompt,
-            word=stage.words[e : e + 1].detach(),
-        )
-        for e, emotion in enumerate(splits.emotions.names)
-        if e in learnt
-        for i in range(num_per_emotion)
-    ]
-    left_out = [n for e, n in enumerate(splits.emotions.names) if e not in learnt]
-    _paint_jobs(folder, pipe, jobs, left_out, sampling)
-
-
-# %% ../../nbs/mini/stages.ipynb #538f7de8
-def scores(
-    folder: str | Path,
-    data: dict | str,
-    candidates: str | Path,  # folder of `candidates`, `prompted` or `inversion`
-    real: str = "test",  # split to compare with
-) -> None:
-    "All generation metrics by the mini world's networks: `scores.csv`."
-    images, table = read_candidates(candidates)
-    splits = load_world(data)
-    measured = evaluate_generation(
-        images,
-        list(table.emotion),
-        splits[real]["images"].permute(0, 2, 3, 1).numpy(),
-        networks=mini_networks(),
-        prompts=_captions(table),
-        emotion_set=splits.emotions,
-    )
-    write_file(Path(folder) / "scores.csv", measured.to_csv())
-    _write(folder, **measured.value.to_dict())
-
-
-def _captions(table):
-    "Captions of what the images were made with; None where that is not known."
-    known = [k for k in ("scene", "object") if k in table and table[k].notna().all()]
-    if not known:
-        return None
-    said = table[known].map(normalize_name)
-    scenes = said["scene"] if "scene" in known else [None] * len(said)
-    objects = [[n] for n in said["object"]] if "object" in known else [[]] * len(said)
-    return [caption(*names) for names in zip(scenes, objects)]
-
-
 # %% ../../nbs/mini/stages.ipynb #d0a3685d
 def kept(
     folder: str | Path,
     data: dict | str,
     encoder: str | Path,  # folder of the stage `understanding` whose encoder judges
-    candidates: str | Path,  # folder of `candidates`, `prompted` or `inversion`
+    candidates: str | Path,  # folder of the stage `candidates`
     how: tuple = CRITERIA,  # criteria; none: the first images of each emotion as they come
     max_kept: int = 20,  # of an emotion
     backbone: str = "mini",  # the CLIP that reads names in pictures
@@ -455,37 +304,3 @@ def kept(
         reasons=found.reason.value_counts().to_dict(),
         skipped=chosen.skipped,
     )
-
-
-# %% ../../nbs/mini/stages.ipynb #6557cb47
-NAMES = dict(emotion=list(MIKELS.names), scene=list(SCENES), object=list(OBJECTS))
-
-
-def further_real(folder: str | Path, num_images: int, seed: int = 0) -> None:
-    "A kept set of real mini images, drawn like the training images."
-    specs = [draw_spec(2000 + seed, i) for i in range(num_images)]
-    notes = [
-        dict(image_id=f"real_{i:06d}", emotion=s.emotion, scene=s.scene, object=list(s.objects))
-        for i, s in enumerate(specs)
-    ]
-    painted = paint(specs, workers=1, progress=False)["images"]
-    write_annotated(Path(folder) / "emoset", painted, notes, NAMES, quality=None)
-    _write(folder, kept=num_images)
-
-
-def relabelled(
-    folder: str | Path,
-    images: str | Path,  # folder of the stage `kept`
-) -> None:
-    "The same images, with what the judge sees in them as labels."
-    pictures, _ = read_kept(images)
-    seen = load_judge()(pictures)
-    emotions = seen.emotion.argmax(1).tolist()
-    notes = [
-        dict(image_id=f"judged_{i:06d}", emotion=MIKELS.names[e], scene=scene, object=list(objects))
-        for i, (e, (scene, objects)) in enumerate(
-            zip(emotions, judged_names(seen.scene, seen.object))
-        )
-    ]
-    write_annotated(Path(folder) / "emoset", pictures, notes, NAMES, quality=None)
-    _write(folder, kept=len(pictures))

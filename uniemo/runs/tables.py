@@ -14,7 +14,6 @@ __all__ = [
     "list_runs",
     "compare",
     "published",
-    "earlier_rows",
 ]
 
 # %% ../../nbs/runs/tables.ipynb #2770c4e5
@@ -151,7 +150,7 @@ def compare(
 # %% ../../nbs/runs/tables.ipynb #511113e1
 def published(
     name: str,  # of an experiment
-) -> Path:  # a folder of CSV files, settings.json and provenance.json
+) -> Path:  # a folder with settings.json and provenance.json
     "The results of an experiment that come with the package; an error names those there are."
     base = PACKAGE / "assets" / "results"
     known = sorted(p.name for p in base.glob("*/"))
@@ -159,30 +158,3 @@ def published(
         there = ", ".join(known) or "none"
         raise FileNotFoundError(f"no published results of {name!r}; there are: {there}")
     return base / name
-
-
-def earlier_rows(
-    folder: str | os.PathLike | None,  # of an earlier run; None: no rows
-    file: str,  # a CSV there; no rows where it is missing
-    settings: dict,  # under which the rows must have been made
-) -> list[dict]:  # without empty cells
-    "The rows of an earlier run's table; those of other settings are refused."
-    import pandas as pd
-
-    if not folder:
-        return []
-    path, there = Path(folder) / file, read_json(Path(folder) / "settings.json")
-    if there is None:
-        raise FileNotFoundError(
-            f"{folder} has no settings.json: name the folder of an earlier run of this experiment"
-        )
-    if not path.exists():
-        return []
-    for name in settings:
-        if there.get(name) != settings[name]:
-            raise ValueError(
-                f"{path}: {name} is {there.get(name)!r} there and {settings[name]!r} here; "
-                "rows of different settings cannot stand in one table"
-            )
-    rows = pd.read_csv(path, engine="python").to_dict("records")
-    return [{k: v for k, v in row.items() if v == v} for row in rows]

@@ -78,11 +78,14 @@ class Study:
         return {arm: ARMS[arm] for arm in self.arms}
 
     @property
-    def asked(self) -> pd.DataFrame:
-        "What the claims of this study say, a row each."
-        rows = [(c.name, c.claim, str(c.primary), c.primary.endpoint) for c in self.claims]
-        table = pd.DataFrame(rows, columns=["", "claim", "compared", "endpoint"])
-        return table.set_index("")
+    def asked(self) -> str:
+        "What the claims of this study say, as Markdown."
+        lines = []
+        for claim in self.claims:
+            primary = claim.primary
+            where = f"{primary.endpoint} at {primary.size:,} images"
+            lines.append(f"- *{claim.name}*: {claim.claim} Compared: {primary}, {where}.")
+        return "\n".join(lines)
 
     @property
     def needed(self) -> pd.DataFrame:
@@ -160,9 +163,16 @@ def plot_arms(
     if not len(table):
         print(f"no finished cells of {endpoint!r} at {size} images")
         return None
-    best = table.value.idxmax()
-    title = f"{size} images: {best} has the highest mean, {table.value.max():.2f}"
-    return plot_intervals(table, endpoint, sort=True, ax=ax, title=title)
+    told = _compared(study, endpoint, table.index) or [table.value.idxmax()]
+    title = ", ".join(f"{arm} {table.value[arm]:.2f}" for arm in told)
+    return plot_intervals(table, endpoint, sort=True, ax=ax, title=f"{size:,} images: {title}")
+
+
+def _compared(study, endpoint, there):
+    "Both arms of the first claim that asks for the endpoint; else of the first one that has both."
+    claims = sorted(study.claims, key=lambda claim: claim.primary.endpoint != endpoint)
+    pairs = ([claim.primary.arm, claim.primary.against] for claim in claims)
+    return next((pair for pair in pairs if set(pair) <= set(there)), None)
 
 
 # %% ../../nbs/mini/studies.ipynb #57d00022

@@ -304,6 +304,32 @@ def test_what_is_missing_is_made_once(warm, tmp_path):
     assert (tmp_path / "cells.jsonl").read_text().splitlines() == lines
 
 
+def test_processes_share_the_seeds(warm, tmp_path):
+    "Each makes the cells of its own seeds, and adds them to one file."
+    (tmp_path / "claims.yaml").write_text(SHORT)
+    file = CellFile(tmp_path / "cells.jsonl")
+    given = dict(claims_file=str(tmp_path / "claims.yaml"), cells_file=str(file.path))
+    given |= dict(num_test=24, steps=4, num_threads=1, parts=2)
+    seeds = []
+    for part in (0, 1):
+        runs.start("claims", given | dict(part=part), tmp_path / "runs", progress=False)
+        seeds.append({cell["seed"] for cell in file.read()})
+    assert seeds == [{100, 102}, {100, 101, 102}]
+    # two arms, three seeds, nothing twice
+    assert len(file.read()) == 6
+
+
+def test_a_process_that_fails_is_told(warm, tmp_path, monkeypatch, capsys):
+    "What a method lacks is found before a cell is made; by one process, and by each of two."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def other(contest):\n    return {}\n")
+    asked = ["--run", "--deciding", "--own", "mine.py:nobody", "--quiet"]
+    for jobs in ("1", "2"):
+        assert main(["claims", *asked, "--jobs", jobs]) == 1
+        assert "mine.py has no function 'nobody'" in capsys.readouterr().err
+    assert not (tmp_path / "claims.jsonl").exists()
+
+
 def test_the_readme_says_what_the_published_cells_say():
     verdicts, made = verdicts_of(published("claims") / "cells.jsonl")
     assert made > 100

@@ -6,6 +6,8 @@
 __all__ = ["verdicts_of", "decide_claims"]
 
 # %% ../../nbs/commands/claims.ipynb #d5738705
+import os
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -31,10 +33,11 @@ def verdicts_of(
 
 
 # %% ../../nbs/commands/claims.ipynb #85755f4e
-def decide_claims(
+def decide_claims(  # noqa: PLR0913
     run: Annotated[bool, typer.Option("--run", help="make what is missing first")] = False,
     seeds: Annotated[int, typer.Option(help="at most, of those that each claim names")] = 20,
     minutes: Annotated[float, typer.Option(help="after which no cell is begun; 0: no limit")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="processes that share the seeds")] = 1,
     generate: Annotated[
         bool, typer.Option("--generate", help="also arms that train a generator")
     ] = False,
@@ -59,7 +62,7 @@ def decide_claims(
         given = dict(num_seeds=seeds, minutes=minutes, generate=generate)
         given |= dict(own=own) if own else {}
         given |= dict(other_arms=False, other_sizes=False) if deciding else {}
-        _make_missing(given, cells, quiet)
+        _make_missing(given, cells, jobs, quiet)
     shipped = published("claims")
     has_own = cells.exists()
     verdicts, made = verdicts_of(cells if has_own else shipped / "cells.jsonl", seeds)
@@ -83,10 +86,22 @@ def _interval(row):
 
 
 # %% ../../nbs/commands/claims.ipynb #9ddc1ec8
-def _make_missing(given, cells, quiet):
-    "One run of the experiment *claims*."
+def _make_missing(given, cells, jobs, quiet):
+    "A run of the experiment *claims*, or several at a time that share the seeds."
     from uniemo import runs
+    from uniemo.runs.folders import runs_folder
+    from uniemo.runs.sweeps import Engine, sweep
 
     given = dict(given, cells_file=str(cells.resolve()))
-    done = runs.start("claims", given, progress=not quiet and is_watched())
-    print(shorten(done.dir))
+    watched = not quiet and is_watched()
+    if jobs == 1:
+        print(shorten(runs.start("claims", given, progress=watched).dir))
+        return
+    # each call finds for itself what is missing, so it is a sweep of its own
+    name = f"claims-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    given |= dict(parts=jobs, part=list(range(jobs)), num_threads=0)
+    table = sweep("claims", given, Engine(jobs), sweep_id=name, progress=watched)
+    folder = runs_folder() / name
+    for row in table[table.status != "completed"].itertuples():
+        raise runs.RunFailed(runs.Run(folder / row.run), f"{name}, {row.run}: {row.error}")
+    print(shorten(folder))

@@ -9,7 +9,15 @@ if TYPE_CHECKING:
     from .affect import affect_scores, colour_histogram, concordance, fit_head, held_out_predictions
     from .attention import class_attention, pointing, pointing_table
     from .audit import FOUR, MEASURES, contrast, flat, movement, slope
-    from .cells import CellFile, Contender, claim_rows, first_seeds, needed_cells, run_cells
+    from .cells import (
+        CellFile,
+        Contender,
+        claim_rows,
+        first_seeds,
+        needed_cells,
+        part_of,
+        run_cells,
+    )
     from .claims import (
         CLAIMS,
         Claim,
@@ -194,7 +202,15 @@ _rooms = {
     ],
     "attention": ["class_attention", "pointing", "pointing_table"],
     "audit": ["FOUR", "MEASURES", "contrast", "flat", "movement", "slope"],
-    "cells": ["CellFile", "Contender", "claim_rows", "first_seeds", "needed_cells", "run_cells"],
+    "cells": [
+        "CellFile",
+        "Contender",
+        "claim_rows",
+        "first_seeds",
+        "needed_cells",
+        "part_of",
+        "run_cells",
+    ],
     "claims": [
         "CLAIMS",
         "Claim",

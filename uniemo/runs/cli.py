@@ -574,6 +574,10 @@ def main(
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except runs.RunFailed as e:
+        # of a command that makes runs on its way
+        print(f"uniemo: {e}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as e:
         print(f"uniemo: {e}", file=sys.stderr)
         return 2

@@ -83,8 +83,8 @@ class Study:
         lines = []
         for claim in self.claims:
             primary = claim.primary
-            where = f"{primary.endpoint} at {primary.size:,} images"
-            lines.append(f"- *{claim.name}*: {claim.claim} Compared: {primary}, {where}.")
+            told = f"Compared: {primary.endpoint} of *{primary.arm}* and of *{primary.against}*"
+            lines.append(f"- **{claim.name}**: {claim.claim} {told}, {primary.size:,} images.")
         return "\n".join(lines)
 
     @property

@@ -93,6 +93,19 @@ def similarity(
     return scale * z @ text.to(z.dtype).T
 
 
+# %% ../nbs/04_losses.ipynb #4names01
+def check_names(
+    names: Tensor,
+    images: int,
+    known: int,  # names of the kind
+) -> None:
+    "Refuse names that are not multi-hot [images, names]."
+    if names.shape != (images, known):
+        raise ValueError(
+            f"names must be multi-hot [images, names] = {(images, known)}, not {tuple(names.shape)}"
+        )
+
+
 # %% ../nbs/04_losses.ipynb #01491027
 def vocabulary_loss(
     z: Tensor,  # [B, d]
@@ -102,11 +115,7 @@ def vocabulary_loss(
     count: Tensor | float | None = None,  # divide by this; None: images with a name in this batch
 ) -> Tensor:
     "L_S or L_O. Across processes, `count` is the mean number of images with a name."
-    if names.shape != (len(z), len(text)):
-        raise ValueError(
-            f"names must be multi-hot [images, names] = {(len(z), len(text))}, "
-            f"not {tuple(names.shape)}"
-        )
+    check_names(names, len(z), len(text))
     log_p = similarity(z, text, scale).log_softmax(1)
     names = names.to(log_p.dtype)
     own = names.sum(1)
@@ -123,6 +132,7 @@ def slot_loss(
     count: Tensor | float | None = None,  # as of `vocabulary_loss`
 ) -> Tensor:
     "L_O of queries that are matched to names."
+    check_names(names, len(z), len(text))
     log_p = similarity(z, text, scale).log_softmax(-1)
     has = names.any(-1)
     # an image without names may say all, which costs nothing

@@ -202,6 +202,14 @@ def test_notebook_stores_no_stale_line(nb):
     )
 
 
+@each
+def test_notebook_holds_no_state_of_widgets_that_it_does_not_show(nb):
+    "Bars of a kernel leave thousands of lines in the metadata, and nobody sees them."
+    whole = read(nb)
+    shown = any("widget-view" in json.dumps(c.get("outputs", [])) for c in whole["cells"])
+    assert shown or "widgets" not in whole["metadata"], "delete it from the notebook's metadata"
+
+
 def test_parameters_tag_survives_cleaning(tmp_path):
     "nbdev_clean strips cell metadata, but papermill needs its tag."
     nb = tmp_path / "tagged.ipynb"

@@ -105,6 +105,11 @@ class Loop:
         return taught(self.contest, self.extra, self.lesson.ratio, **CHAIN)
 
     @cached_property
+    def alone(self) -> StageResult:
+        "Who is taught, by the real images alone."
+        return taught(self.contest)
+
+    @cached_property
     def splits(self) -> EmotionSplits:
         "The contest's images without those of the test, which no generator needs."
         return without_test(self.contest)
@@ -311,7 +316,7 @@ def lesson_of(
     extra = None if arm == "real only" else LESSONS_OF[arm](loop)
     if extra is None:
         # nothing joins
-        return _told(contest, taught(contest), images=0)
+        return _told(contest, loop.alone, images=0)
     errors = _errors_of(extra, contest.world)
     more = {"images": len(errors), "label error": float(errors.mean())}
     return _told(contest, taught(contest, extra, lesson.ratio), **more)

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 
 from ..measure.cells import CellFile, claim_rows, run_cells
 from ..measure.claims import Claim, Protocol, read_claims
-from ..measure.intervals import differences, mean_interval
+from ..measure.intervals import mean_interval
 from ..measure.plots import plot_intervals
 from ..measure.verdicts import judge_claims
 from .contenders import CONTENDERS, as_arms, contest_keys
@@ -119,6 +119,13 @@ class Study:
         "A row an endpoint: `arm`, `size`, `seed`, `endpoint`, `value`, of what is needed."
         return self.file.cells().merge(self.needed)
 
+    def values(self, endpoint: str, size: int) -> pd.DataFrame:
+        "What was measured at that size: a row a seed, a column an arm, in the study's order."
+        cells = self.cells
+        cells = cells[(cells.endpoint == endpoint) & (cells["size"] == size)]
+        table = cells.pivot(index="seed", columns="arm", values="value")
+        return table[[arm for arm in self.arms if arm in table]]
+
 
 # %% ../../nbs/mini/studies.ipynb #57d00017
 def arm_means(
@@ -127,15 +134,19 @@ def arm_means(
     size: int,  # training images
 ) -> pd.DataFrame:
     "`value`, `low`, `high`, `n` of each arm that has the endpoint, in the study's order."
-    cells = study.cells
-    cells = cells[(cells.endpoint == endpoint) & (cells["size"] == size)]
+    columns = ["value", "low", "high", "n"]
+    return _intervals(study.values(endpoint, size), columns)
+
+
+def _intervals(table, columns):
+    "Mean, interval and number of seeds of each column that has at least two."
     rows = {}
-    for arm in study.arms:
-        values = cells.value[cells.arm == arm]
+    for arm, values in table.items():
+        values = values.dropna()
         if len(values) > 1:
             found = mean_interval(values)
-            rows[arm] = dict(value=found.value, low=found.low, high=found.high, n=len(values))
-    return pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high", "n"])
+            rows[arm] = dict(zip(columns, (found.value, found.low, found.high, len(values))))
+    return pd.DataFrame.from_dict(rows, "index", columns=columns)
 
 
 # %% ../../nbs/mini/studies.ipynb #57d0001a
@@ -183,18 +194,13 @@ def arm_gains(
     against: str,  # an arm
 ) -> pd.DataFrame:
     "`difference`, `low`, `high`, `n` of each other arm, without correction."
-    cells = study.cells
-    cells = cells[(cells.endpoint == endpoint) & (cells["size"] == size)]
-    table = cells.pivot(index="seed", columns="arm", values="value")
-    found = []
-    for arm in [arm for arm in study.arms if arm in table and arm != against]:
-        if against in table:
-            pairs = table[[arm, against]].dropna().melt(ignore_index=False).reset_index()
-            if pairs.seed.nunique() > 1:
-                found.append(differences(pairs, "value", "arm", against))
-    columns = ["arm", "difference", "low", "high", "n"]
-    whole = pd.concat(found) if found else pd.DataFrame(columns=columns)
-    return whole.set_index("arm")
+    columns = ["difference", "low", "high", "n"]
+    table = study.values(endpoint, size)
+    if against in table:
+        table = table.drop(columns=against).sub(table[against], axis=0)
+    else:
+        table = table[[]]
+    return _intervals(table, columns).rename_axis("arm")
 
 
 # %% ../../nbs/mini/studies.ipynb #57d00025

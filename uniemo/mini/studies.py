@@ -29,12 +29,12 @@ from ..measure.verdicts import judge_claims
 from .contenders import CONTENDERS, as_arms, contest_keys
 from .joined import IMPLICIT
 from .lessons import LESSONS
-from .makers import MAKERS
+from .makers import ABLATIONS, MAKERS
 from .specialists import EXPERTS
 from ..runs.tables import published
 
 # %% ../../nbs/mini/studies.ipynb #57d00007
-ARMS = CONTENDERS | EXPERTS | IMPLICIT | LESSONS | MAKERS
+ARMS = CONTENDERS | EXPERTS | IMPLICIT | LESSONS | MAKERS | ABLATIONS
 
 
 def arms_of(

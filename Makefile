@@ -44,9 +44,12 @@ hooks: ## git merges notebooks with nbdev and trusts them after a merge; Jupyter
 run: env ## the main job: make run, or make run JOB=name
 	uniemo run $(JOB)
 
+test: export OMP_NUM_THREADS := 1
+# a step of training needs the memory again that the last one freed: see the page *threads*
+test: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456
 test: env style ## every notebook, every test, and the checks that keep the notebooks honest
-	OMP_NUM_THREADS=1 nbdev_test --n_workers $(JOBS) --skip_folder_re '$(SKIP)'
-	OMP_NUM_THREADS=1 python -m pytest tests -n $(JOBS) --dist worksteal
+	nbdev_test --n_workers $(JOBS) --skip_folder_re '$(SKIP)'
+	python -m pytest tests -n $(JOBS) --dist worksteal
 
 style: env ## ruff: format and rules, over notebooks, package, tests
 	ruff format --check

@@ -167,6 +167,7 @@ if TYPE_CHECKING:
     from .makers import (
         ABLATIONS,
         COEFFICIENTS,
+        FEW,
         MAKERS,
         MAKING,
         Making,
@@ -460,6 +461,7 @@ _rooms = {
     "makers": [
         "ABLATIONS",
         "COEFFICIENTS",
+        "FEW",
         "MAKERS",
         "MAKING",
         "Making",

@@ -23,7 +23,9 @@ def test_a_diffusion_model_that_cannot_be_one(name, tmp_path):
         read_base(note)
 
 
-@pytest.mark.parametrize("name", ["mini", "owner/name", "stable-diffusion-v1-5/x.y", None])
+@pytest.mark.parametrize(
+    "name", ["mini", "mini:diffusion_strong", "owner/name", "stable-diffusion-v1-5/x.y", None]
+)
 def test_a_diffusion_model_that_can_be_one(name, tmp_path):
     note = tmp_path / "uniemo.json"
     note.write_text(json.dumps(dict(diffusion=name)))

@@ -15,6 +15,7 @@ from uniemo.data.transforms import NetworkView
 from uniemo.feedback import read_candidates
 from uniemo.joint import JointConfig
 from uniemo.mini.stages import (
+    Budget,
     candidates,
     joint,
     kept,
@@ -25,6 +26,7 @@ from uniemo.mini.stages import (
     settings_of,
     understanding,
 )
+from uniemo.mini.story import Source
 from uniemo.mini.writing import write_emoset
 from uniemo.runs import RunFailed, start
 from uniemo.runs.store import Store
@@ -107,6 +109,28 @@ def check_kept(folder, images, table):
     pictures, labels = read_kept(folder)
     assert len(pictures) == 8
     assert sorted(labels) == list(range(8))
+
+
+def test_the_second_world(store):
+    "Its own CLIP, diffusion model, names and judge; what is saved names them, and is opened again."
+    budget = Budget(48, 16, 2, 2, world="2.0")
+    data, small = budget.data(0), dict(batch_size=16, eval_every=2)
+    config = budget.first(0, "names") | small
+    encoder = store(understanding, data=data, config=config)
+    second = budget.second(0, warm_start=4) | small
+    two = store(joint, data=data, encoder=encoder, config=second, diffusion=budget.diffusion)
+    note = json.loads((two / "pipeline/uniemo.json").read_text())
+    assert note["diffusion"] == "mini:diffusion_strong"
+    pipe = open_pipeline(two)
+    # an object that came with the second world
+    assert "Chair" in pipe.retriever.names("object")
+    made = pipe.generate("awe", 2, num_inference_steps=1)
+    right, judged = Source(world=data).judge(np.stack(made.images), made.to_pandas())
+    assert right.mean() == judged["emo_a"] and 0.8 < judged["bayes"] < 0.9
+    with pytest.raises(ValueError, match="1.0, 2.0"):
+        Budget(world="3.0")
+    with pytest.raises(ValueError, match="mini:diffusion_strong"):
+        Budget(diffusion="mini:diffusion_weak")
 
 
 def test_nothing_kept_says_so(tmp_path):

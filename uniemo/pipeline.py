@@ -52,7 +52,7 @@ from uniemo.files.pipelines import (
     load_parts,
     read_base,
 )
-from .files.shipped import shipped_folder
+from .files.shipped import model_folder, shared_parts
 from .fusion import PseudoWordMapper
 from .losses import similarity
 from .measure.novelty import NOVELTY, Novelty, output_features
@@ -230,10 +230,11 @@ def check_family(name: str) -> None:
 
 def load_diffusion_model(name: str, **kwargs) -> StableDiffusionPipeline:
     "A Stable Diffusion pipeline without its safety checker, from 'mini', a folder or a hub id."
-    folder = shipped_folder("diffusion") if name == "mini" else name
+    folder = model_folder(name, "diffusion")
     hub = {key: kwargs[key] for key in HUB if key in kwargs}
     check_family(DiffusionPipeline.load_config(folder, **hub)["_class_name"])
-    kwargs = dict(feature_extractor=None) | kwargs
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    kwargs = dict(shared_parts(name, dtype), feature_extractor=None) | kwargs
     return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, **kwargs)
 
 

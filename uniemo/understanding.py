@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "name_features",
-    "model_folder",
     "UnderstandingConfig",
     "build_encoder",
     "encoder_view",
@@ -47,7 +46,7 @@ from .data.splits import EmotionSplits, training_images
 from .data.transforms import NetworkView, Transform, eval_transform, train_transform
 from .emotions import MIKELS
 from .files.disk import flush
-from .files.shipped import shipped_folder
+from .files.shipped import model_folder
 from .files.weights import quiet
 from uniemo.losses import (
     affect_loss,
@@ -83,14 +82,6 @@ def name_features(
         texts = [name_text(name, template) for name in own or ()]
         features[kind] = source(texts).float().cpu() if texts else None
     return features
-
-
-def model_folder(
-    name: str | Path,  # "mini", a folder, or a hub id
-    part: str = "clip",  # which of the shipped models "mini" stands for
-) -> str | Path:
-    "Where a model is read from: the shipped folder for 'mini', else what was given."
-    return shipped_folder(part) if name == "mini" else name
 
 
 # %% ../nbs/05_understanding.ipynb #cell-09

@@ -135,10 +135,10 @@ def open_reader(
     from transformers.image_processing_base import ImageProcessingMixin
 
     from uniemo.data.transforms import NetworkView
-    from uniemo.files.shipped import shipped_folder
+    from uniemo.files.shipped import model_folder
     from uniemo.filtering import name_reader
 
-    place = shipped_folder("clip") if model == "mini" else model
+    place = model_folder(model)
     with silent_libraries():
         clip = CLIPModel.from_pretrained(place).eval().to(choose_device(device))
         tokenizer = AutoTokenizer.from_pretrained(place)

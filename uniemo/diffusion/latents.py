@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from ..data.batches import make_loader
 from ..data.shares import draw_rows, process_place, wait_for_all
 from ..files.disk import write_file
-from ..files.shipped import shipped_folder
+from ..files.shipped import model_folder, shared_parts
 from ..files.weights import quiet
 from ..towers import FAMILIES, family_named
 
@@ -66,13 +66,14 @@ def open_diffusion(
             feature_extractor=None,
             requires_safety_checker=False,
             dtype=torch.float32,
+            **shared_parts(name, torch.float32),
         )
 
 
 # %% ../../nbs/diffusion/latents.ipynb #9b1e77c4
 def folder_of(diffusion: str | Path) -> str | Path:
     "The folder or hub id that a name stands for."
-    return shipped_folder("diffusion") if diffusion == "mini" else diffusion
+    return model_folder(diffusion, "diffusion")
 
 
 def read_index(diffusion: str | Path) -> dict:

@@ -65,7 +65,15 @@ if TYPE_CHECKING:
         read_base,
     )
     from .provenance import provenance, read_provenance, write_provenance
-    from .shipped import check_manifest, read_manifest, sha256, shipped_folder
+    from .shipped import (
+        check_manifest,
+        is_shipped,
+        model_folder,
+        read_manifest,
+        sha256,
+        shared_parts,
+        shipped_folder,
+    )
     from .spaces import PARTS, read_space, space_of_statistics, write_space
     from .uniemo import (
         UniEmoFiles,
@@ -148,7 +156,15 @@ _rooms = {
         "read_base",
     ],
     "provenance": ["provenance", "read_provenance", "write_provenance"],
-    "shipped": ["check_manifest", "read_manifest", "sha256", "shipped_folder"],
+    "shipped": [
+        "check_manifest",
+        "is_shipped",
+        "model_folder",
+        "read_manifest",
+        "sha256",
+        "shared_parts",
+        "shipped_folder",
+    ],
     "spaces": ["PARTS", "read_space", "space_of_statistics", "write_space"],
     "uniemo": [
         "UniEmoFiles",

@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from .disk import read_json
-from .shipped import shipped_folder
+from .shipped import is_shipped, model_folder
 
 # %% ../../nbs/files/needed.ipynb #6519eedd
 TOKENIZER = "{0}tokenizer.json|{0}vocab.json+{0}merges.txt"
@@ -49,8 +49,8 @@ def local_folder(
     part: str = "clip",  # which of the shipped models "mini" stands for
 ) -> Path | None:
     "The folder of a model on this machine, also in the hub's cache; None if nowhere."
-    if name == "mini":
-        return shipped_folder(part)
+    if is_shipped(name):
+        return model_folder(name, part)
     if Path(name).is_dir():
         return Path(name)
     try:

@@ -29,7 +29,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from .disk import FETCH, FileError, read_json
-from .shipped import shipped_folder
+from .shipped import is_shipped, shipped_folder
 from .weights import load_pretrained
 
 # %% ../../nbs/files/pipelines.ipynb #0314bb80
@@ -40,7 +40,7 @@ LORA_FOLDER = "lora"
 HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 # %% ../../nbs/files/pipelines.ipynb #78e63eff
-# "mini", "owner/name"
+# "name", "owner/name"
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
 # %% ../../nbs/files/pipelines.ipynb #02aafecb
@@ -103,6 +103,8 @@ def read_base(path: Path) -> str | None:
         raise FileError(f"{path}: diffusion is a name or null, not {base!r}. {FETCH}")
     # "" and "." would be the folder itself
     folders = (path.parent / base, Path(base)) if base.strip("./ ") else ()
+    if is_shipped(base):
+        return base
     if not (HUB_NAME.fullmatch(base) or any(_is_folder(place) for place in folders)):
         raise FileError(
             f"{path}: diffusion names {base[:80]!r}, which is no folder here and no model on the "
@@ -125,7 +127,7 @@ def base_place(
 ) -> str | None:
     "Folder or hub id of its diffusion model; None: the folder holds all parts itself."
     base = read_base(folder / NOTE)
-    if base is None or base == "mini":
+    if base is None or is_shipped(base):
         return base
     beside = folder / base
     return str(beside) if beside.exists() else base

@@ -121,6 +121,7 @@ if TYPE_CHECKING:
         graded_table,
         interaction_accuracies,
         is_override,
+        pair_accuracy,
         pair_posterior,
         pair_row,
     )
@@ -237,6 +238,7 @@ if TYPE_CHECKING:
     from .splits import paint_emotional, paint_neutral, paint_split, paint_splits
     from .stages import (
         Budget,
+        CHAINS,
         candidates,
         joint,
         kept,
@@ -250,7 +252,7 @@ if TYPE_CHECKING:
         understanding,
     )
     from .standins import ENTRIES, NAMES, SIZES, write_large_index, write_random_models
-    from .story import Source, first_of_each, plot_story, read_choice, summarize
+    from .story import Source, plot_candidates, plot_story, read_choice, summarize
     from .studies import Study, arm_gains, arm_means, arm_table, arms_of, plot_arms, study_verdicts
     from .tokens import PLACEHOLDER, build_tokenizer, tokenize
     from .truth import (
@@ -415,6 +417,7 @@ _rooms = {
         "graded_table",
         "interaction_accuracies",
         "is_override",
+        "pair_accuracy",
         "pair_posterior",
         "pair_row",
     ],
@@ -540,6 +543,7 @@ _rooms = {
     "splits": ["paint_emotional", "paint_neutral", "paint_split", "paint_splits"],
     "stages": [
         "Budget",
+        "CHAINS",
         "candidates",
         "joint",
         "kept",
@@ -553,7 +557,7 @@ _rooms = {
         "understanding",
     ],
     "standins": ["ENTRIES", "NAMES", "SIZES", "write_large_index", "write_random_models"],
-    "story": ["Source", "first_of_each", "plot_story", "read_choice", "summarize"],
+    "story": ["Source", "plot_candidates", "plot_story", "read_choice", "summarize"],
     "studies": [
         "Study",
         "arm_gains",

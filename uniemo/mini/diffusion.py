@@ -47,11 +47,10 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from ..files.shipped import shipped_folder
+from ..files.shipped import model_folder, shared_parts
 from ..files.weights import quiet
 from uniemo.mini.clip import (
     captions_of,
-    load_clip,
     naming_scores,
     retrieve_names,
     text_encoder_of,
@@ -122,26 +121,10 @@ def load_diffusion(
     world: World = FIRST_WORLD,  # whose shipped one is meant
 ) -> StableDiffusionPipeline:
     "The mini pipeline, float32."
-    if folder is None and world is not FIRST_WORLD:
-        return _second_diffusion()
-    folder = folder or shipped_folder("diffusion")
+    shared = {} if folder else shared_parts(world.diffusion, torch.float32)
+    folder = folder or model_folder(world.diffusion)
     with quiet():
-        return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-
-
-def _second_diffusion():
-    "The second world's: captions are read by the text tower of its CLIP, which ships already."
-    folder = shipped_folder("diffusion_strong")
-    clip, tokenizer = load_clip(shipped_folder("clip_strong"))
-    parts = dict(unet=UNet2DConditionModel, vae=AutoencoderKL)
-    with quiet():
-        found = {
-            name: kind.from_pretrained(folder / name, dtype=torch.float32)
-            for name, kind in parts.items()
-        }
-    return diffusion_pipeline(
-        found["unet"].eval(), found["vae"].eval(), text_encoder_of(clip), tokenizer
-    )
+        return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **shared)
 
 
 # %% ../../nbs/mini/diffusion.ipynb #8afbc020

@@ -18,6 +18,7 @@ __all__ = [
     "pair_posterior",
     "all_images",
     "all_posteriors",
+    "pair_accuracy",
     "is_override",
     "interaction_accuracies",
     "draw_pair_spec",
@@ -161,6 +162,11 @@ def all_posteriors() -> np.ndarray:
             for s, objects in zip(images.scene, images.objects)
         ]
     )
+
+
+def pair_accuracy() -> float:
+    "The best accuracy that anybody can reach."
+    return float(np.average(all_posteriors().max(1), weights=all_images().probability))
 
 
 # %% ../../nbs/mini/interaction.ipynb #9badbfa5

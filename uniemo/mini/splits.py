@@ -13,7 +13,7 @@ from ..data.splits import EmotionSplits
 from ..data.transforms import NetworkView
 from ..emotions import MIKELS
 from .truth import ImageSpec
-from .worlds import FIRST_WORLD, World
+from .worlds import FIRST_WORLD, World, world_of
 
 
 # %% ../../nbs/mini/splits.ipynb #83a8ab1a
@@ -44,9 +44,10 @@ def paint_splits(
     seed: int = 0,  # of training and validation images
     view: NetworkView = NetworkView(64),  # how the network reads an image  # noqa: B008
     workers: int = 1,  # processes that paint
-    world: World = FIRST_WORLD,  # from which they come
+    world: World | str = FIRST_WORLD,  # from which they come, or its version
 ) -> EmotionSplits:
     "Three splits of the painted world, in memory, and what each image shows."
+    world = world_of(world)
     specs = dict(
         train=[world.draw(1000 + seed, k) for k in range(num_train)],
         val=[world.draw(1000 + seed, 10**6 + k) for k in range(num_val)],

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "CHAINS",
     "SAMPLING",
     "settings_of",
     "metrics_of",
@@ -43,24 +44,26 @@ from uniemo.diffusion.any_family import (
 from ..diffusion.latents import check_diffusion, image_side
 from ..feedback import generate_candidates, read_candidates, select, without_images
 from ..files.disk import write_file
+from ..files.shipped import model_folder
 from ..filtering import CRITERIA, name_reader
 from ..fusion import PseudoWordMapper
 from ..joint import JointConfig, train_joint
 from ..measure.novelty import fit_novelty
 from .clip import load_clip
 from .splits import paint_splits
+from .worlds import FIRST_WORLD, world_of
 from ..pipeline import UniEmoPipeline
 from ..queries import ExpertQueryModel
 from ..runs.parameters import Parameter, check_parameters
 from ..space import fit_space
 from ..train.callbacks import RunLog
+from ..train.config import check_choice
 
 # %% ../../nbs/mini/stages.ipynb #d5eee489
 from uniemo.understanding import (
     ExtraImages,
     UnderstandingConfig,
     encoder_view,
-    model_folder,
     plain_batches,
     train_understanding,
 )
@@ -83,6 +86,10 @@ def _write(folder, **metrics):
     write_file(Path(folder) / "metrics.json", json.dumps(metrics, indent=1))
 
 
+# %% ../../nbs/mini/stages.ipynb #b0d9e700
+CHAINS = {"paper": {}, "names": dict(read_out="last", prior="pairs")}
+
+
 # %% ../../nbs/mini/stages.ipynb #da33227e
 @dataclass(frozen=True)
 class Budget:
@@ -92,25 +99,32 @@ class Budget:
     num_test: int = 1000
     understanding_steps: int = 240
     joint_steps: int = 240
-    backbone: str = "mini"  # CLIP: "mini", a folder or a hub id
+    backbone: str = "mini"  # CLIP: "mini", that of the world, a folder or a hub id
     diffusion: str = "mini"  # a diffusion pipeline of any family that can be trained, likewise
     num_per_emotion: int = 20  # generated images
     guidance_scale: float = 4.0
     num_inference_steps: int = 20
+    world: str = FIRST_WORLD.version  # version of the painted world
 
     def __post_init__(self):
+        own = world_of(self.world)
+        # elsewhere "mini" is what ships for the first world
+        for part in ("backbone", "diffusion") if own is not FIRST_WORLD else ():
+            if getattr(self, part) == "mini":
+                object.__setattr__(self, part, getattr(own, part))
         # before stage 1 is paid for
         check_diffusion(self.diffusion)
 
     def data(self, seed: int) -> dict:
         "A world of this seed."
-        num_val = min(200, self.num_train)
-        return dict(num_train=self.num_train, num_val=num_val, num_test=self.num_test, seed=seed)
+        counts = dict(num_train=self.num_train, num_test=self.num_test)
+        return dict(counts, num_val=min(200, self.num_train), seed=seed, world=self.world)
 
-    def first(self, seed: int) -> dict:
-        "Settings of stage 1."
+    def first(self, seed: int, chain: str = "paper") -> dict:
+        "Settings of stage 1, by the name of a chain (see `CHAINS`)."
+        check_choice("chain", tuple(CHAINS), chain)
         steps = dict(epochs=None, steps=self.understanding_steps, eval_every=80)
-        how = dict(seed=seed, backbone=self.backbone, **steps)
+        how = dict(seed=seed, backbone=self.backbone, **steps, **CHAINS[chain])
         return settings_of(UnderstandingConfig.preset("mini", **how))
 
     def second(self, seed: int, **changes) -> dict:

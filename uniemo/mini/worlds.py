@@ -16,10 +16,19 @@ from uniemo.mini.interaction import (
     INTERACTION_VERSION,
     draw_pair_spec,
     is_override,
+    pair_accuracy,
     pair_posterior,
 )
-from .painting import MANY_WIDTHS, WIDTHS, paint
-from .truth import OBJECTS, SCENES, WORLD_VERSION, ImageSpec, draw_spec, true_posterior
+from .painting import MANY_WIDTHS, WIDTHS, Rendered, paint, render
+from uniemo.mini.truth import (
+    OBJECTS,
+    SCENES,
+    WORLD_VERSION,
+    ImageSpec,
+    bayes_accuracy,
+    draw_spec,
+    true_posterior,
+)
 
 
 # %% ../../nbs/mini/worlds.ipynb #3fd379c2
@@ -37,6 +46,11 @@ class World:
     posterior: Callable
     # tokens of the longest caption, with room for a word or two
     positions: int
+    # () -> the best accuracy that anybody can reach
+    best_accuracy: Callable
+    # names of what ships for it: the CLIP that is asked by default, the diffusion model
+    backbone: str
+    diffusion: str
 
     @property
     def names(self) -> dict[str, list[str]]:
@@ -55,6 +69,10 @@ class World:
         "Arrays of painted images (see `paint`), a column of `objects` for each of this world's."
         return paint(specs, objects=self.objects, widths=self.widths, **how)
 
+    def render(self, spec: ImageSpec, size: int = 64) -> Rendered:
+        "One image and the masks of its objects (see `render`)."
+        return render(spec, size, self.widths)
+
     def decides(self, spec: ImageSpec) -> bool:
         "Whether the image holds a pair that decides against its parts."
         return self.version == INTERACTION_VERSION and is_override(spec.scene, spec.objects)
@@ -62,9 +80,27 @@ class World:
 
 # %% ../../nbs/mini/worlds.ipynb #b90340de
 WORLDS = {
-    WORLD_VERSION: World(WORLD_VERSION, tuple(OBJECTS), WIDTHS, draw_spec, true_posterior, 16),
+    WORLD_VERSION: World(
+        WORLD_VERSION,
+        objects=tuple(OBJECTS),
+        widths=WIDTHS,
+        draw=draw_spec,
+        posterior=true_posterior,
+        positions=16,
+        best_accuracy=bayes_accuracy,
+        backbone="mini:clip",
+        diffusion="mini:diffusion",
+    ),
     INTERACTION_VERSION: World(
-        INTERACTION_VERSION, ALL_OBJECTS, MANY_WIDTHS, draw_pair_spec, pair_posterior, 20
+        INTERACTION_VERSION,
+        objects=ALL_OBJECTS,
+        widths=MANY_WIDTHS,
+        draw=draw_pair_spec,
+        posterior=pair_posterior,
+        positions=20,
+        best_accuracy=pair_accuracy,
+        backbone="mini:clip_middle",
+        diffusion="mini:diffusion_strong",
     ),
 }
 FIRST_WORLD = WORLDS[WORLD_VERSION]

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..diffusion.denoisers import denoiser_of
+from ..files.shipped import is_shipped
 from ..joint import JointConfig, JointStage
 from uniemo.runs.larger import (
     WeightlessStage,
@@ -229,7 +230,7 @@ class Job:
 
     def diffusion_of(self, config: UnderstandingConfig) -> str | Path:
         "The diffusion model that is used."
-        return self.diffusion or ("mini" if config.backbone == "mini" else SD)
+        return self.diffusion or ("mini" if is_shipped(config.backbone) else SD)
 
 
 # %% ../../nbs/runs/estimate.ipynb #924d631e

@@ -36,6 +36,7 @@ from pathlib import Path
 
 from ..data.spelling import closest
 from ..files.disk import read_json
+from ..files.shipped import is_shipped, model_folder
 
 # %% ../../nbs/runs/parameters.ipynb #9fb9859f
 PACKAGE = Path(str(files("uniemo")))
@@ -346,6 +347,12 @@ def check_place(
 ) -> None:
     "Refuse a model or data of which neither a file, a folder nor a hub could have the name."
     if not (p.place and isinstance(value, str)) or value == p.default or f'"{value}"' in p.help:
+        return
+    if p.place == "model" and is_shipped(value):
+        try:
+            model_folder(value)
+        except ValueError as problem:
+            raise ValueError(f"{p.name}: {problem}") from None
         return
     hub_id = HUB_ID if p.place == "model" else f"hf:{HUB_ID}.*"
     if Path(value).expanduser().exists() or re.fullmatch(hub_id, value):

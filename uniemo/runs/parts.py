@@ -38,7 +38,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisio
 from ..backbones import vision_config
 from ..correlation import AttributeRetriever, CorrelationTable
 from ..emotions import MIKELS
-from ..files.shipped import shipped_folder
+from ..files.shipped import model_folder
 from ..fusion import PseudoWordMapper
 from ..joint import JointConfig
 from ..queries import AFFECT, ExpertQueryConfig, ExpertQueryModel
@@ -132,9 +132,7 @@ def read_config(
             raise ValueError(f"{name} has no {part}; it has {', '.join(known)}")
         kinds = dict(vision=CLIPVisionConfig, text=CLIPTextConfig)
         return kinds.get(part, dict)(**known[part])
-    folder = name
-    if name == "mini":
-        folder = shipped_folder("clip" if part == "vision" else "diffusion")
+    folder = model_folder(name, "clip" if part == "vision" else "diffusion")
     try:
         if part == "vision":
             return copy.deepcopy(vision_config(folder))

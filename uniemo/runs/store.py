@@ -17,6 +17,7 @@ from pathlib import Path
 
 import uniemo
 from ..files.disk import ANEW, FileError, flush, read_json, write_file
+from ..files.shipped import is_shipped
 from .keys import fingerprint, source_hash
 from .parameters import PACKAGE
 
@@ -138,7 +139,7 @@ class Store:
             return [self._plain(v, is_path) for v in value]
         if isinstance(value, Path):
             return self._input(value)
-        if isinstance(value, str) and value != "mini" and (is_path or os.path.isabs(value)):
+        if isinstance(value, str) and not is_shipped(value) and (is_path or os.path.isabs(value)):
             return self._input(value)
         return value
 

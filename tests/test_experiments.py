@@ -123,8 +123,8 @@ def test_understanding_with_extra_images(warm, tmp_path):
 def test_what_ships_is_shown_without_training(warm, tmp_path):
     "The three studies: their figures are those of the cells, and nothing is made."
     for name, told in (
-        ("experts", {"accuracy_plain", "supported"}),
-        ("evaluate", {"emo_a_UniEmo", "emo_a_written_prompts"}),
+        ("experts", {"accuracy_plain_300", "supported"}),
+        ("evaluate", {"emo_a_UniEmo_1000", "emo_a_written_prompts_1000"}),
         ("feedback", {"object_names_right_joint_training_300"}),
     ):
         run = start(name, dict(num_threads=1), tmp_path, progress=False)
@@ -144,7 +144,7 @@ def test_a_study_goes_on_where_it_was_stopped(warm, tmp_path):
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()
     assert len(lines) == 6 and len(run.metrics()) == 6
     found = run.summary()
-    assert {"accuracy_plain", "accuracy_frozen_head"} <= set(found)
+    assert {"accuracy_plain_24", "accuracy_frozen_head_24"} <= set(found)
     # as if it had been killed while it wrote the fourth cell
     (tmp_path / "cells.jsonl").write_text("\n".join([*lines[:3], lines[3][:30]]))
     again = start("experts", params, tmp_path / "runs", progress=False)

@@ -253,7 +253,16 @@ if TYPE_CHECKING:
     )
     from .standins import ENTRIES, NAMES, SIZES, write_large_index, write_random_models
     from .story import Source, plot_candidates, plot_story, read_choice, summarize
-    from .studies import Study, arm_gains, arm_means, arm_table, arms_of, plot_arms, study_verdicts
+    from .studies import (
+        Study,
+        arm_gains,
+        arm_means,
+        arm_table,
+        arms_of,
+        plot_arms,
+        study_summary,
+        study_verdicts,
+    )
     from .tokens import PLACEHOLDER, build_tokenizer, tokenize
     from .truth import (
         ImageSpec,
@@ -565,6 +574,7 @@ _rooms = {
         "arm_table",
         "arms_of",
         "plot_arms",
+        "study_summary",
         "study_verdicts",
     ],
     "tokens": ["PLACEHOLDER", "build_tokenizer", "tokenize"],

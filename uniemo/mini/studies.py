@@ -12,11 +12,13 @@ __all__ = [
     "plot_arms",
     "arm_gains",
     "study_verdicts",
+    "study_summary",
 ]
 
 # %% ../../nbs/mini/studies.ipynb #57d00004
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -212,3 +214,26 @@ def study_verdicts(
     fewer = len(study.seeds) < len(study.claims[0].seeds)
     found = judge_claims(study.protocol, rows, study.seeds if fewer else None)
     return found.loc[[claim.name for claim in study.claims]]
+
+
+# %% ../../nbs/mini/studies.ipynb #57d00034
+def study_summary(
+    study: Study,
+    *endpoints: str,  # whose means are told
+) -> dict[str, Any]:
+    "Means over seeds (`accuracy_plain_300`), verdicts, cells; the first claim's arm is in front."
+    cells = study.cells
+    told = cells[cells.endpoint.isin(endpoints)]
+    means = told.groupby(["endpoint", "arm", "size"]).value.mean()
+    found = {_plain_name(*key): float(value) for key, value in means.items()}
+    primary = study.claims[0].primary
+    main = _plain_name(primary.endpoint, primary.arm, primary.size)
+    return found | {
+        **study_verdicts(study).verdict.value_counts().to_dict(),
+        "cells": len(cells[["arm", "size", "seed"]].drop_duplicates()),
+        "main_metric": main if main in found else next(iter(found), None),
+    }
+
+
+def _plain_name(*parts):
+    return "_".join(map(str, parts)).replace(" ", "_").replace(",", "")

@@ -92,7 +92,7 @@ benchmarks: env ## run nbs/benchmarks and keep their outputs
 fullsize: env ## CLIP ViT-L/14 and Stable Diffusion 1.5 with random weights on the CPU: peak memory and time (about 10 GB, some minutes)
 	python tests/fullsize.py --out tests/fullsize.json
 
-pretrain: env ## train the mini world's foundation models anew (about 5 hours on two cores)
+pretrain: env ## train the mini world's foundation models from scratch (about 5 hours on two cores)
 	uniemo run pretrain_clip
 	# the second world's begins as the first's; clip_middle is kept on the way
 	uniemo run pretrain_clip -p world 2.0 -p start mini -p steps 600 -p learning_rate 6e-4 -p eval_every 50

@@ -22,7 +22,7 @@ def of_the_kernel():
 
 
 def is_cleaned(notebook):
-    "Whether a notebook lies as `nbdev_clean` leaves it: those of runs and of one's own do not."
+    "Whether a notebook lies as `nbdev_clean` leaves it: those of runs and of your own do not."
     metadata = notebook["metadata"]
     named = metadata.get("kernelspec", {}).get("name") == "python3"
     return named and "language_info" not in metadata

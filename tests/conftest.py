@@ -33,7 +33,7 @@ def shared():
 
 @pytest.fixture
 def warm(monkeypatch):
-    "Notebooks that are run get kernels which need not import torch anew."
+    "Notebooks that are run get kernels which need not import torch again."
     if sys.platform == "linux":
         place = "jupyter_client.provisioning.local_provisioner.launch_kernel"
         monkeypatch.setattr(place, fork_kernel)

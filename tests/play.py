@@ -18,7 +18,7 @@ def made_of():
 
 
 def play():
-    "The page's folder, made anew where what it is made of has changed."
+    "The page's folder, made again where what it is made of has changed."
     from filelock import FileLock
 
     with FileLock(ROOT / "_play.lock"):

@@ -75,7 +75,7 @@ def number(node):
 
 
 def default_of(node):
-    "A default; what a data class makes anew is shown as the call that makes it."
+    "A default; what a data class makes again is shown as the call that makes it."
     if node is None:
         return ""
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "field":

@@ -293,7 +293,7 @@ def test_what_is_missing_is_made_once(warm, tmp_path):
     )
     done = runs.start("claims", given, tmp_path / "runs", progress=False)
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()
-    # two arms of the claim and one of one's own, two seeds each
+    # two arms of the claim and one of your own, two seeds each
     assert len(lines) == 6
     verdicts = pd.read_csv(done.dir / "verdicts.csv").set_index("claim")
     assert verdicts.loc["head", "n"] == 2 and verdicts.loc["head", "difference"] < 0

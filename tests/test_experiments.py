@@ -71,7 +71,7 @@ def test_understanding_is_repeatable(warm, tmp_path, run_again):
 
 
 def test_understanding_reads_a_folder_of_photographs(warm, tmp_path):
-    """No split, no attributes, no known truth, and emotions of one's own; further images join them.
+    """No split, no attributes, no known truth, and emotions of your own; further images join them.
 
     All are read from the disk, as they are needed.
     """

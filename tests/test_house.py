@@ -44,7 +44,7 @@ def tree(folder, *patterns):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    "A copy of the repository in which everything was exported and cleaned anew."
+    "A copy of the repository in which everything was exported and cleaned again."
     to = tmp_path_factory.mktemp("fresh")
     shutil.copytree(
         NBS, to / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints")
@@ -198,7 +198,7 @@ def test_notebook_stores_no_stale_line(nb):
     ]
     assert found == [], (
         "in the hidden cell: disable_progress_bar() of diffusers.utils.logging and "
-        "transformers.utils.logging; float(...) of a number of numpy's; then execute it anew"
+        "transformers.utils.logging; float(...) of a number of numpy's; then execute it again"
     )
 
 
@@ -276,7 +276,7 @@ def test_home_page_names_every_chapter_and_experiment():
     body = house.readme()[0]
     shown = [p for p in ALL if p.parent in (NBS, NBS / "experiments") and p.stem != "index"]
     missing = [p.name for p in shown if f"({p.relative_to(ROOT).as_posix()})" not in body]
-    assert len(shown) > 20 and missing == [], "execute nbs/index.ipynb anew, then: make prepare"
+    assert len(shown) > 20 and missing == [], "execute nbs/index.ipynb again, then: make prepare"
 
 
 def test_readme_leads_somewhere():

@@ -111,7 +111,7 @@ class Silent(SimpleHTTPRequestHandler):
 
 
 class NothingToFind(Silent):
-    "The site with an empty index of the search, which each page would read anew: 2 MB."
+    "The site with an empty index of the search, which each page would read again: 2 MB."
 
     def do_GET(self):
         if self.path != "/search.json":
@@ -178,7 +178,7 @@ def test_reference_shows_types_as_they_are_written(site):
         assert not [o for o in heads if "&lt;function" in o], page
     body = (site / "pipeline.html").read_text(encoding="utf-8")
     assert 'id="uniemopipeline.generate"' in body
-    assert '<div class="sd-table parameters">' in body, "what a narrow screen lays out anew"
+    assert '<div class="sd-table parameters">' in body, "what a narrow screen lays out again"
 
 
 def test_llms_txt_names_every_page(site):

@@ -133,7 +133,7 @@ def test_a_damaged_stage_says_so(tmp_path, damage):
         weights.unlink()
     else:
         done.write_text("" if damage == "empty record" else "{}")
-    with pytest.raises(ValueError, match="delete this folder to make it anew") as error:
+    with pytest.raises(ValueError, match="delete this folder to make it again") as error:
         Store(tmp_path)(stage)
     named = weights if damage in ("changed", "missing") else done
     assert str(named) in str(error.value)
@@ -303,7 +303,7 @@ OTHER = [
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    "Write a small package anew, with a change; returns its stage."
+    "Write a small package again, with a change; returns its stage."
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 

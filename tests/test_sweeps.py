@@ -119,7 +119,7 @@ def test_two_sweeps_at_once_and_one_killed(tmp_path, given):
 
 
 def test_a_cell_that_was_killed_before_it_began(tmp_path, given):
-    "A folder without a record is begun anew."
+    "A folder without a record is begun again."
     asked = Sweep(tmp_path / "cell.ipynb", dict(rate="1,2", pause="0.0"), tmp_path)
     half = asked.folder / next(iter(asked.cells))
     half.mkdir()

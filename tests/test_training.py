@@ -516,7 +516,7 @@ def test_nothing_whole_is_one_clear_error(finished):
     folder, _ = finished
     for path in folder.glob("step-*/weights.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="delete this folder to make it anew"):
+    with pytest.raises(ValueError, match="delete this folder to make it again"):
         resume(finished)
 
 

@@ -463,7 +463,7 @@ class Wishes(Reader, Painter):
 
     def embed(self, prompt: str, words: dict, generators: list, sampling: Sampling) -> dict:
         "States [B, tokens, d] of the prompt with its words and of the others that guide."
-        # while its tokenizer is another, it is not asked for anew
+        # while its tokenizer is another, it is not asked for again
         diffusion = self.diffusion
         reader = self.words.reader(words, generators)
         sizes = {place: word[0].shape[1] for place, word in words.items()}

@@ -144,7 +144,7 @@ class AffectHead(nn.Module):
         self.register_buffer("spread", torch.ones(numbers))
 
     def reset_parameters(self) -> None:
-        "Weights drawn anew, ratings of mean 0 and deviation 1."
+        "New weights; ratings of mean 0 and deviation 1."
         self.out.reset_parameters()
         nn.init.zeros_(self.mean)
         nn.init.ones_(self.spread)
@@ -490,7 +490,7 @@ class ExpertQueryModel(PreTrainedModel):
         self,
         names: Sequence[str] = AFFECT,  # of the ratings
     ) -> "ExpertQueryModel":  # the same
-        "Let the model read ratings too: a head drawn anew, in place of one that was there."
+        "Let the model read ratings too: a new head, in place of one that was there."
         head = AffectHead(self.view.hidden_size, len(names))
         parameter = next(self.head.parameters())
         self.affect_head = head.to(parameter.device, parameter.dtype)

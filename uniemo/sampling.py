@@ -88,9 +88,9 @@ class Sampling:
     batch_size: int = 8
     # number of the first image of the seed
     start: int = 0
-    # above 0 to 1: how much of an edited `image` is painted anew
+    # above 0 to 1: how much of an edited `image` is repainted
     strength: float = 0.5
-    # where: an image or array as large as the edited one, white or True is painted anew; a list:
+    # where: an image or array as large as the edited one, white or True is repainted; a list:
     # one for each result; None: everywhere
     mask: object = field(default=None, compare=False, repr=False)
     # each image is the best of as many by the encoder's own classifier, at as many times the cost

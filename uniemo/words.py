@@ -115,7 +115,7 @@ class EmotionWords:
         return pipe
 
     def attached(self) -> DiffusionPipeline:
-        "The pipeline, or an error where there is none; towers that were exchanged are found anew."
+        "The pipeline, or an error where there is none; towers that were exchanged are found again."
         if self.pipe is None:
             raise RuntimeError("these words belong to no pipeline yet: call attach(pipe) first")
         if any(tower.outdated(self.pipe) for tower in self.towers):

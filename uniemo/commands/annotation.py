@@ -247,7 +247,7 @@ def write_splits(
     names: dict[str, list[str]],  # `emotion`, `scene`, `object`
     progress: bool = False,
 ) -> Path:
-    "A data set in EmoSet's format with all splits; files are copied, not made anew."
+    "A data set in EmoSet's format with all splits; files are copied, not made again."
     from uniemo.data.kept import write_annotated
     from uniemo.files.disk import write_file
 

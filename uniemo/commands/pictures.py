@@ -179,7 +179,7 @@ def generate(  # noqa: PLR0913
 
 # %% ../../nbs/commands/pictures.ipynb #e80245bf
 def read_region(
-    mask: Path | None,  # of what is painted anew
+    mask: Path | None,  # of what is repainted
     keep: Path | None,  # of what stays
 ) -> Any:
     "The mask of an edit, None where there is none."
@@ -200,11 +200,9 @@ def read_region(
 def edit(  # noqa: PLR0913
     photo: Annotated[Path, typer.Argument(metavar="PHOTO")],
     emotion: Annotated[str, typer.Argument(metavar="EMOTION")],
-    strength: Annotated[
-        float, typer.Option(min=0.01, max=1, help="how much is painted anew")
-    ] = 0.5,
+    strength: Annotated[float, typer.Option(min=0.01, max=1, help="how much is repainted")] = 0.5,
     mask: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="where: an image, white is painted anew")
+        Path | None, typer.Option(metavar="FILE", help="where: an image, white is repainted")
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(metavar="FILE", help="instead: an image, white stays")

@@ -114,5 +114,5 @@ def _check_pixels(tensors, where):
             raise DataError(
                 f"{where}, image {row}",
                 f"{name} are not finite",
-                "Decode it anew, or leave the image out",
+                "Decode it again, or leave the image out",
             )

@@ -80,7 +80,7 @@ def emotion_order(
     if sorted(place) != sorted(map(normalize_name, emotions)):
         raise ValueError(
             f"{what} has the emotions {', '.join(own)}, wanted are {', '.join(emotions)}: "
-            "no order makes these the same, so make it anew for the emotions wanted"
+            "no order makes these the same, so make it again for the emotions wanted"
         )
     return [place[normalize_name(e)] for e in emotions]
 

@@ -36,7 +36,7 @@ def _read_info(root):
         raise DataError(
             path,
             "no emotions in it",
-            "It needs the key 'emotion' with 'label2idx': copy the file anew",
+            "It needs the key 'emotion' with 'label2idx': copy the file again",
         )
     return tables
 
@@ -50,7 +50,7 @@ def _names_in(path, info, kind):
         raise DataError(
             path,
             f"label2idx of {kind!r} does not number its names 0, 1, 2, ...",
-            "Copy the file anew",
+            "Copy the file again",
         )
     return tuple(sorted(table, key=table.get))
 

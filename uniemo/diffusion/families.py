@@ -146,7 +146,7 @@ class PipelinePart(DenoisingPart):
         return regions(self.unet)
 
     def checkpoint_text(self) -> None:
-        "Let the text towers that read words compute their inner states anew."
+        "Let the text towers that read words compute their inner states again."
         for tower, size in zip(self.towers, self.mapper.token_sizes):
             if size:
                 self.checkpointed += checkpointed_layers(tower.encoder)

@@ -158,7 +158,7 @@ def add_painting(gradio: ModuleType, studio: Studio, model: str) -> None:
     controls = add_wish_controls(gradio, studio.emotions)
     with gradio.Row():
         count = gradio.Slider(1, 8, 4, step=1, label="images")
-        strength = gradio.Slider(0.05, 1, 0.5, step=0.05, label="of an edit: painted anew")
+        strength = gradio.Slider(0.05, 1, 0.5, step=0.05, label="of an edit: repainted")
     with gradio.Accordion("Edit a photograph", open=False):
         photo = gradio.File(label="photograph (without one: new images)", type="filepath")
     button = gradio.Button("Paint", variant="primary", elem_id="paint")

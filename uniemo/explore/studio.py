@@ -207,7 +207,7 @@ class Studio:
         wish: Wish,
         num_images: int = 4,
         photo: Image.Image | str | Path | None = None,  # one to edit
-        strength: float = 0.5,  # how much of it is painted anew
+        strength: float = 0.5,  # how much of it is repainted
     ) -> Generated:
         "Images of a wish, judged by the encoder."
         sampling = self.sampling(wish, self.steps)

@@ -33,7 +33,7 @@ from typing import Any
 
 # %% ../../nbs/files/disk.ipynb #9c41e465
 FETCH = "fetch or train it again"
-ANEW = "delete this folder to make it anew"
+ANEW = "delete this folder to make it again"
 
 
 class FileError(ValueError):

@@ -283,7 +283,7 @@ def compare_onnx(
 
 # %% ../../nbs/files/onnx.ipynb #25c91f44
 def shrink_onnx(
-    path: str | Path,  # an ONNX file, written anew
+    path: str | Path,  # of the ONNX file
     rounded: bool = False,  # weights that lose something, too
 ) -> int:  # numbers that are stored in 16 bits now
     "Store weights in 16 bits, which the graph widens, and drop the exporter's notes."

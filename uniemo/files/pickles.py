@@ -135,7 +135,7 @@ def _explain(path, problem):
     if names:
         return (
             f"it asks for {', '.join(sorted(set(names)))}; only tensors and built-in containers "
-            "are admitted. If you trust its author, have it saved anew as a dict of tensors"
+            "are admitted. If you trust its author, have it saved again as a dict of tensors"
         )
     described = describe_file(path)
     if described is not None and not re.search("torch|pickle", described[0]):
@@ -370,10 +370,10 @@ def read_pickle(
     except RefusedFile as problem:
         raise RefusedFile(
             f"{path} was not read: it asks for {problem}; only numpy arrays and built-in "
-            "containers are admitted. If you trust its author, have it saved anew with these"
+            "containers are admitted. If you trust its author, have it saved again with these"
         ) from None
     except UnicodeDecodeError:
-        reason = "no whole pickle of arrays, or one of Python 2: have it saved anew by Python 3"
+        reason = "no whole pickle of arrays, or one of Python 2: have it saved again by Python 3"
     except Exception as problem:
         reason = f"no whole pickle of arrays ({type(problem).__name__}: {problem}); {FETCH}"
     described = describe_file(path)

@@ -34,7 +34,7 @@ def _as_text(value):
 
 # %% ../../nbs/files/provenance.ipynb #2fa80541
 def write_provenance(
-    path: Path,  # a PNG file, written anew with the same pixels
+    path: Path,  # a PNG file, rewritten with the same pixels
     texts: dict[str, str],
 ) -> None:
     "Put texts into a PNG file."

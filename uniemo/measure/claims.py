@@ -260,7 +260,7 @@ def read_claims(
 
 
 # %% ../../nbs/measure/claims.ipynb #21e09035
-# a small file, as a start for one's own
+# a small file, as a start for your own
 EXAMPLE_CLAIMS = """
 status: not run
 world: "2.0"

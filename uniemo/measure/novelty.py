@@ -95,7 +95,7 @@ class Novelty:
         if rows.shape[1] != len(self.mean):
             raise ValueError(
                 f"these features have the width {rows.shape[1]}, this statistic is for "
-                f"{len(self.mean)}: it belongs to another encoder, fit it anew (add_novelty)"
+                f"{len(self.mean)}: it belongs to another encoder, fit it again (add_novelty)"
             )
         moved = (rows - self.mean.double()) @ self.matrix.double()
         return (moved.norm(dim=1) / self.threshold).numpy()

@@ -162,7 +162,7 @@ def sample(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(batch))]
-        # what was compiled for the training's batch would be compiled anew for this one
+        # what was compiled for the training's batch would be compiled again for this one
         with torch.compiler.set_stance("force_eager"):
             out = sampler(
                 batch,

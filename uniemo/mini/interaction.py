@@ -223,7 +223,7 @@ def interaction_accuracies() -> pd.DataFrame:
 
 # %% ../../nbs/mini/interaction.ipynb #21a842b0
 def _draw(rng):
-    "An `ImageSpec`: names from an emotion, which is drawn anew where a pair decides."
+    "An `ImageSpec`: names from an emotion, which is drawn again where a pair decides."
     emotion = str(MIKELS.names[rng.integers(8)])
     scene_p, object_p = (_graded(kind)[emotion].to_numpy() for kind in ("scene", "object"))
     scene = list(SCENES)[rng.choice(len(scene_p), p=scene_p)]

@@ -209,7 +209,7 @@ class FullRun:
         table = candidate_table(self.path / "images")
         with shared_work():
             if is_first():
-                # anew where a run goes on
+                # again where a run goes on
                 shutil.rmtree(kept, ignore_errors=True)
             chosen = select(table, splits, reader, kept, tuple(self.criteria), self.max_kept)
             if is_first():

@@ -62,7 +62,7 @@ def suggest(
 def find_notebook(
     name: str | os.PathLike,  # an experiment's name, or a path that ends in .ipynb
 ) -> Path:
-    "The path of an experiment or of a notebook of one's own; an error names what is nearest."
+    "The path of an experiment or of a notebook of your own; an error names what is nearest."
     name, path, known = os.fspath(name), Path(name), experiments()
     if name in known:
         return known[name]

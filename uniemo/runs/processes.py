@@ -32,7 +32,7 @@ def accelerate_config(
 # %% ../../nbs/runs/processes.ipynb #4e28f4ce
 def launch_command(
     processes: int,
-    launcher: str | None = None,  # a command of one's own; None: accelerate's, on this machine
+    launcher: str | None = None,  # a command of your own; None: accelerate's, on this machine
 ) -> list[str]:
     "What starts so many processes, as words."
     if launcher:

@@ -82,7 +82,7 @@ class Store:
     def __init__(
         self,
         folder: str | os.PathLike,
-        code: str = "",  # a word of one's own in every key, to begin anew
+        code: str = "",  # a word of your own in every key, to start over
         log: Callable[[str], None] = print,  # told what was made, and how long it took
     ):
         self.folder, self.code, self.log = Path(folder), code, log

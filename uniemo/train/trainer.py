@@ -548,7 +548,7 @@ class Trainer:
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed)}): "
-                "give the old ones to go on, or another folder to start anew"
+                "give the old ones to go on, or another folder to start over"
             )
         self.step = state["step"]
         self.window, self.history = state["window"], state["history"]

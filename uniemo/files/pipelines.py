@@ -29,7 +29,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from .disk import FETCH, FileError, read_json
-from .shipped import is_shipped, shipped_folder
+from .shipped import is_shipped, model_folder
 from .weights import load_pretrained
 
 # %% ../../nbs/files/pipelines.ipynb #0314bb80
@@ -59,7 +59,7 @@ def find_pipeline(
     **hub,
 ) -> Path:
     "The folder of a pipeline."
-    folder = shipped_folder("uniemo") if name == "mini" else Path(name)
+    folder = Path(model_folder(name, "uniemo"))
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         folder = Path(snapshot_download(str(name), revision=revision, **hub))
     what = "Give 'mini', a folder that save_pretrained wrote, or a hub id such as 'name/model'"

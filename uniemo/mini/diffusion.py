@@ -47,7 +47,7 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from ..files.shipped import model_folder, shared_parts
+from ..diffusion.latents import open_diffusion
 from ..files.weights import quiet
 from uniemo.mini.clip import (
     captions_of,
@@ -121,10 +121,7 @@ def load_diffusion(
     world: World = FIRST_WORLD,  # whose shipped one is meant
 ) -> StableDiffusionPipeline:
     "The mini pipeline, float32."
-    shared = {} if folder else shared_parts(world.diffusion, torch.float32)
-    folder = folder or model_folder(world.diffusion)
-    with quiet():
-        return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **shared)
+    return open_diffusion(folder or world.diffusion)
 
 
 # %% ../../nbs/mini/diffusion.ipynb #8afbc020
